@@ -1,0 +1,208 @@
+"""Save what the indexer of transformers' DeepSeek-V3.2 scored while the model read a real text.
+
+The model has the published indexer dimensions and rope settings, few layers, small other dimensions and random weights.
+The text is read at byte level, one token per byte, so nothing is downloaded.
+"""
+
+import argparse
+import codecs
+import contextlib
+import hashlib
+import importlib
+import io
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+from unittest import mock
+
+import torch
+import transformers
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from transformers import AutoModel, DeepseekV32Config, DynamicCache
+
+# As published for DeepSeek-V3.2; index_*, qk_rope_head_dim and max_position_embeddings are the defaults of the class.
+ROPE = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 40.0, "original_max_position_embeddings": 4096}
+ROPE |= {"beta_fast": 32.0, "beta_slow": 1.0, "mscale": 1.0, "mscale_all_dim": 1.0}
+PREFILL = 128  # tokens a step before the saved rows: the scorer holds 4 * index_n_heads * PREFILL * sk bytes, twice
+
+
+class Capture(NamedTuple):
+    """One scoring step: its operands, and what the model made of them."""
+
+    q: Tensor  # [b, sq, h, d]
+    weights: Tensor  # [b, sq, h]
+    k: Tensor  # [b, sk, d]
+    scale: float
+    scores: Tensor  # [b, sq, sk], the model's own, -inf where a row may not look
+    indices: Tensor  # [b, sq, min(topk, sk)], the model's own, score-descending
+
+
+class Recorder(TorchFunctionMode):
+    """Notes the operands of every torch.matmul, and the input and indices of every Tensor.topk, while active."""
+
+    def __init__(self) -> None:
+        """Start with nothing seen."""
+        super().__init__()
+        self.products: list[Sequence[Any]] = []
+        self.selections: list[tuple[Tensor, Tensor]] = []
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Run func unchanged, and note it when it is one of the two."""
+        result = func(*args, **(kwargs or {}))
+        if func is torch.matmul:
+            self.products.append(args)
+        elif func is torch.Tensor.topk:
+            self.selections.append((args[0], result.indices))
+        return result
+
+
+@contextlib.contextmanager
+def recording(indexer: nn.Module) -> Iterator[Recorder]:
+    """Record inside this one indexer's forward, which is its own again afterwards."""
+    recorder, forward = Recorder(), indexer.forward
+
+    def recorded(*args: Any, **kwargs: Any) -> Any:
+        with recorder:
+            return forward(*args, **kwargs)
+
+    with mock.patch.object(indexer, "forward", recorded):
+        yield recorder
+
+
+def read_text(path: Path | None, tokens: int) -> tuple[bytes, str]:
+    """Return the first bytes of the text, and a description that names no folder."""
+    if path is None:
+        with contextlib.redirect_stdout(io.StringIO()):  # the module prints itself on import
+            text = codecs.decode(importlib.import_module("this").s, "rot13").encode()
+        name = "The Zen of Python (standard library module this)"
+    else:
+        text, name = path.read_bytes(), path.name
+    if len(text) < tokens:
+        raise SystemExit(f"--tokens {tokens} needs as many bytes, {name} has {len(text)}; give a longer --text.")
+    text = text[:tokens]
+    return text, f"first {tokens} bytes of {name}, one token per byte, sha256 {hashlib.sha256(text).hexdigest()}"
+
+
+def build_model(layers: int, dtype: torch.dtype, seed: int) -> Any:
+    """Return a random DeepSeek-V3.2 over bytes, about 4 million parameters a layer, every MLP dense."""
+    torch.manual_seed(seed)
+    small: dict[str, Any] = {"vocab_size": 256, "hidden_size": 512, "intermediate_size": 1024}
+    small |= {"num_attention_heads": 4, "num_key_value_heads": 4, "qk_nope_head_dim": 64, "v_head_dim": 64}
+    small |= {"q_lora_rank": 256, "kv_lora_rank": 128, "num_hidden_layers": layers, "first_k_dense_replace": layers}
+    config = DeepseekV32Config(**small, rope_parameters=ROPE)
+    # sdpa hands the indexer a boolean mask, which leaves the scores of visible keys as they were.
+    return AutoModel.from_config(config, dtype=dtype, attn_implementation="sdpa").eval()  # type: ignore[no-untyped-call]
+
+
+@torch.no_grad()
+def capture(model: Any, text: bytes, rows: int, layer: int) -> Capture:
+    """Run text through model; return what the indexer of this layer scored for the last rows tokens."""
+    ids, first = torch.tensor([list(text)]), len(text) - rows
+    indexer, cache = model.layers[layer].self_attn.indexer, DynamicCache(config=model.config)
+    for start in range(0, first, PREFILL):
+        model(ids[:, start : min(start + PREFILL, first)], past_key_values=cache, use_cache=True)
+    with recording(indexer) as seen:
+        model(ids[:, first:], past_key_values=cache, use_cache=True)
+    calls = len(seen.products), len(seen.selections)
+    if calls != (2, 1):
+        raise SystemExit(
+            f"The indexer of transformers {transformers.__version__} made {calls[0]} torch.matmul and {calls[1]} "
+            "Tensor.topk calls where this script knows 2 and 1; use transformers 5.23."
+        )
+    (q, keys), (weights, _) = seen.products  # [b, sq, h, d] @ [b, 1, d, sk], then [b, sq, 1, h] @ [b, sq, h, sk]
+    return Capture(q, weights.squeeze(2), keys.squeeze(1).mT, float(indexer.softmax_scale), *seen.selections[0])
+
+
+def stored(step: Capture, dtype: torch.dtype) -> Capture:
+    """Return step with its operands in dtype, contiguous; the scorer's float32 copies lose no bit by it."""
+    operands = {name: getattr(step, name).to(dtype).contiguous() for name in ("q", "weights", "k")}
+    for name, tensor in operands.items():
+        if not torch.equal(tensor.float(), getattr(step, name)):
+            raise SystemExit(f"{name} does not fit {dtype} exactly; use --dtype float32.")
+    return step._replace(**operands)
+
+
+def index_scores(q: Tensor, weights: Tensor, k: Tensor, scale: float) -> Tensor:
+    """Return scale * sum_h weights * relu(q.k) in float64, [b, sq, sk], one head at a time."""
+    q, weights, k = q.double(), weights.double(), k.double()
+    heads = (weights[:, :, h, None] * (q[:, :, h] @ k.mT).relu() for h in range(q.shape[2]))
+    return scale * sum(heads, start=torch.zeros(()))
+
+
+def check(step: Capture) -> str:
+    """Compare step with the model's own scores and selection, and say what was found.
+
+    A score may differ by float32 rounding of a sum of n = d + h terms: 2 * eps * sqrt(n) of the sum of magnitudes. In a
+    row whose scores differ by at most e, the model's j-th key must score within 2e of the j-th best for every j: each
+    top-j set is then the same up to ties that close.
+    """
+    q, weights, k, scale, scores, indices = step
+    (_, sq, heads, dim), sk, count = q.shape, k.shape[1], indices.shape[-1]
+    ends = torch.arange(sk - sq, sk)[:, None] + 1  # a causal row sees the keys before its end
+    visible, ranked = (torch.arange(sk) < ends).expand_as(scores), torch.arange(count) < ends
+    if not torch.equal(visible, scores.isfinite()):
+        raise SystemExit("The model's own scores are not finite exactly at the keys that a causal row sees.")
+    own = index_scores(q, weights, k, scale)
+    error = (own - scores).abs().where(visible, 0.0)
+    bound = 2 * torch.finfo(torch.float32).eps * (dim + heads) ** 0.5
+    if (error > bound * index_scores(q.abs(), weights.abs(), k.abs(), scale)).any():
+        raise SystemExit(f"Scores from the captured tensors miss the model's own by up to {error.max():.3g}.")
+    best = own.masked_fill(~visible, -torch.inf).sort(dim=-1, descending=True)
+    gap = (own.gather(-1, indices) - best.values[..., :count]).abs().where(ranked, 0.0)
+    if (gap > 2 * error.amax(-1, keepdim=True)).any():
+        raise SystemExit(f"The captured tensors rank keys otherwise than the model did, by up to {gap.max():.3g}.")
+    ties = ((indices != best.indices[..., :count]) & ranked).sum()
+    return f"scores within {error.max():.2g} (spread {own[visible].std():.2g}), rankings equal but for {ties} ties"
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    """Read and check the command line."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=Path, default=Path("deepseek_v32_indexer.safetensors"), help="file to write")
+    parser.add_argument("--tokens", type=int, default=112, help="tokens that the model reads: the keys (%(default)s)")
+    parser.add_argument("--rows", type=int, help="save the queries of the last ROWS tokens only (all of them)")
+    parser.add_argument("--layers", type=int, default=2, help="layers of the model (%(default)s)")
+    parser.add_argument("--layer", type=int, help="layer to save, counted from 0 (the last)")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16", help="of model and file")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the random weights (%(default)s)")
+    parser.add_argument("--text", type=Path, metavar="FILE", help="text to read (The Zen of Python, 856 bytes)")
+    args = parser.parse_args(argv)
+    args.rows = args.tokens if args.rows is None else args.rows
+    args.layer = args.layers - 1 if args.layer is None else args.layer
+    if not 1 <= args.rows <= args.tokens:
+        parser.error(f"--rows must be from 1 to --tokens ({args.tokens}), got {args.rows}.")
+    if not 0 <= args.layer < args.layers:
+        parser.error(f"--layer must be from 0 to --layers - 1 ({args.layers - 1}), got {args.layer}.")
+    if args.text and not args.text.is_file():
+        parser.error(f"--text must name a file, got {args.text}.")
+    if not args.out.parent.is_dir():
+        parser.error(f"--out must lie in a folder that exists, got {args.out}.")
+    return args
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Capture, check, then write."""
+    args = parse(argv)
+    dtype = getattr(torch, args.dtype)
+    text, description = read_text(args.text, args.tokens)
+    model = build_model(args.layers, dtype, args.seed)
+    step = stored(capture(model, text, args.rows, args.layer), dtype)
+    print(f"Checked: {check(step)}.")
+    source = (
+        f"{type(model).__name__} of transformers {transformers.__version__}, torch {torch.__version__}, random "
+        f"{args.dtype} weights of seed {args.seed}, layer {args.layer} of {args.layers} counted from 0, "
+        f"last {args.rows} rows of {args.tokens}; {description}"
+    )
+    metadata = {"layout": "bshd", "causal": "true", "scale": repr(step.scale), "topk": str(model.config.index_topk)}
+    tensors = {"q": step.q, "weights": step.weights, "k": step.k}
+    save_file(tensors, args.out, metadata | {"source": source})
+    shapes = ", ".join(f"{name} {list(tensor.shape)}" for name, tensor in tensors.items())
+    print(f"Wrote {args.out}: {shapes}, {args.dtype}, {args.out.stat().st_size} bytes.")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,10 @@
+"""headfold: the lightning indexer of DeepSeek Sparse Attention without the resident head axis."""
+
+from headfold.contract import UnsupportedError
+from headfold.geometry import IndexerGeometry
+from headfold.keyrange import KeyRange
+from headfold.scores import index_scores
+
+__version__ = "0.1.0"
+
+__all__ = ["IndexerGeometry", "KeyRange", "UnsupportedError", "__version__", "index_scores"]

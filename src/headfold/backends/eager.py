@@ -1,0 +1,289 @@
+"""PyTorch tiles, on any device: fold the heads while a tile of logits is hot.
+
+A walk visits the fixed grid of `headfold.tiles`: blocks of query rows, and for each the blocks of keys it may see. Scratch is allocated
+once per walk, and is all in `Tile.forward_bytes` and `Tile.backward_bytes`. No function here reads tensor data on the host.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from headfold.contract import compute_dtype
+from headfold.tiles import Tile, blocks
+
+NEG_INF = float("-inf")
+threshold_backward = torch.ops.aten.threshold_backward.grad_input
+
+
+@dataclass(frozen=True)
+class Visible:
+    """Which of `sk` keys the rows of one batch element may see: the parts of a KeyRange, and the bias.
+
+    start, end: int32 [sq] or None.   offset, ratio: the static bound of a KeyRange.   bias: floating [sq, sk] or None.
+    """
+
+    sk: int
+    start: Tensor | None
+    end: Tensor | None
+    offset: int | None
+    ratio: int
+    bias: Tensor | None
+
+    def limit(self, row: int) -> int:
+        """Return one past the last key that the static bound lets `row` see."""
+        if self.offset is None:
+            return self.sk
+        return max(0, min(self.sk, (row + 1 + self.offset) // self.ratio))
+
+    def partial(self, first: int, key_end: int) -> bool:
+        """Whether any row from `first` on may be barred from any key before `key_end`."""
+        moving = self.start is not None or self.end is not None or self.bias is not None
+        return moving or self.limit(first) < key_end
+
+
+class _Scratch:
+    """The buffers of one walk, allocated once, and the steps that forward and backward share."""
+
+    def __init__(self, tile: Tile, like: Tensor, scale: float) -> None:
+        self.tile, self.scale = tile, scale
+        self.dtype, self.device = compute_dtype(like.dtype), like.device
+        h, d, rows, keys = tile.h, tile.d, tile.rows, tile.keys
+        self.logits = self.empty(tile.logits_bytes // tile.size)
+        self.q = self.empty(rows * h * d)
+        self.weights = self.empty(rows * h)
+        self.k = self.empty(keys * d)
+        self.scores = self.empty(rows * keys)
+        self.hidden = torch.empty(2, rows * keys, dtype=torch.bool, device=like.device)
+
+    def empty(self, count: int) -> Tensor:
+        """Allocate `count` elements of the compute dtype."""
+        return torch.empty(count, dtype=self.dtype, device=self.device)
+
+    def stage_query(self, q: Tensor, weights: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Return q [rows, h, d] dense in the compute dtype, and scale * weights [rows, h]."""
+        if q.dtype != self.dtype or not q.is_contiguous():
+            q = head(self.q, *q.shape).copy_(q)
+        scaled = head(self.weights, *q.shape[:2])
+        if weights is None:
+            scaled.fill_(self.scale)
+        else:
+            scaled.copy_(weights).mul_(self.scale)
+        return q, scaled
+
+    def product(self, q: Tensor, k: Tensor) -> Tensor:
+        """Return the logits [rows, h, keys] of one tile, in the scratch."""
+        rows, h, d = q.shape
+        logits = head(self.logits, rows * h, k.shape[0])
+        torch.mm(q.view(rows * h, d), k.t(), out=logits)
+        return logits.view(rows, h, k.shape[0])
+
+    def fold(self, q: Tensor, scaled: Tensor) -> Tensor:
+        """Return Σ_h scaled · q, [rows, d], in the scratch: all that the product needs when there is no activation."""
+        folded = head(self.logits, q.shape[0], 1, q.shape[2])
+        return torch.bmm(scaled.unsqueeze(1), q, out=folded).squeeze(1)
+
+    def mask(self, visible: Visible, row: tuple[int, int], key: tuple[int, int]) -> Tensor | None:
+        """Return bool [rows, keys], true where the row may not see the key, or None when the whole tile is visible."""
+        if not visible.partial(row[0], key[1]):
+            return None
+        hidden = head(self.hidden[0], row[1] - row[0], key[1] - key[0])
+        other = head(self.hidden[1], *hidden.shape)
+        t = torch.arange(*key, device=self.device, dtype=torch.int32)
+        if visible.offset is None:
+            hidden.fill_(False)
+        else:
+            s = torch.arange(*row, device=self.device, dtype=torch.int32)
+            bound = torch.div(s + (1 + visible.offset), visible.ratio, rounding_mode="floor")
+            torch.ge(t, bound.unsqueeze(1), out=hidden)
+        if visible.start is not None:
+            hidden |= torch.lt(t, visible.start[slice(*row)].unsqueeze(1), out=other)
+        if visible.end is not None:
+            hidden |= torch.ge(t, visible.end[slice(*row)].unsqueeze(1), out=other)
+        if visible.bias is not None:
+            hidden |= torch.eq(visible.bias[slice(*row), slice(*key)], NEG_INF, out=other)
+        return hidden
+
+
+def head(buffer: Tensor, *shape: int) -> Tensor:
+    """View the first elements of a flat buffer with the given shape."""
+    return buffer[: math.prod(shape)].view(shape)
+
+
+def stage(x: Tensor, buffer: Tensor) -> Tensor:
+    """Return the matrix x as a product can read it, in the buffer's dtype with dense rows: itself, or a copy in the buffer."""
+    if x.dtype == buffer.dtype and x.stride(1) == 1 and x.stride(0) >= x.shape[1]:
+        return x
+    return head(buffer, *x.shape).copy_(x)
+
+
+class ForwardWalk:
+    """Fills slabs of scores. `q` [sq, h, d], `weights` [sq, h] or None and `k` [sk, d] are one batch element, as views."""
+
+    def __init__(self, tile: Tile, like: Tensor, scale: float) -> None:
+        self.scratch, self.tile = _Scratch(tile, like, scale), tile
+
+    def slab(
+        self, q: Tensor, weights: Tensor | None, k: Tensor, visible: Visible, rows: tuple[int, int], out: Tensor
+    ) -> None:
+        """Write the scores of query rows [first, end) against every key into `out` [end - first, sk].
+
+        `first` must be on the grid, a multiple of tile.rows, for the result to be independent of the slab.
+        """
+        s = self.scratch
+        for first, end in blocks(rows[1], self.tile.rows, rows[0]):
+            query, scaled = s.stage_query(q[first:end], None if weights is None else weights[first:end])
+            folded = None if self.tile.relu else s.fold(query, scaled)
+            target = out[first - rows[0] : end - rows[0]]
+            limit = visible.limit(end - 1)
+            target[:, limit:].fill_(NEG_INF)
+            for key in blocks(limit, self.tile.keys):
+                keys = stage(k[slice(*key)], s.k)
+                scores = head(s.scores, end - first, key[1] - key[0])
+                if folded is None:
+                    torch.bmm(scaled.unsqueeze(1), s.product(query, keys).relu_(), out=scores.unsqueeze(1))
+                else:
+                    torch.mm(folded, keys.t(), out=scores)
+                if visible.bias is not None:
+                    scores.add_(visible.bias[first:end, slice(*key)])
+                hidden = s.mask(visible, (first, end), key)
+                if hidden is not None:
+                    scores.masked_fill_(hidden, NEG_INF)
+                target[:, slice(*key)] = scores
+
+
+class BackwardWalk:
+    """Turns dscores into gradients. With a = g·[logit > 0] and u = Σ_t a·k, dq = weights·u and dweights = q·u: three products.
+
+    Without an activation a is g itself, one row for all heads. Only the gradients asked for are made: without dq and
+    dweights there is no u, without dk no aᵀ·q.
+    """
+
+    def __init__(self, tile: Tile, like: Tensor, scale: float) -> None:
+        self.scratch, self.tile = _Scratch(tile, like, scale), tile
+        self.u = self.scratch.empty(tile.rows * tile.h * tile.d)
+        self.weighted = self.scratch.empty(tile.rows * tile.h * tile.d)
+        self.dweights = self.scratch.empty(tile.rows * tile.h)
+
+    def slab(
+        self,
+        g: Tensor,
+        q: Tensor,
+        weights: Tensor | None,
+        k: Tensor,
+        visible: Visible,
+        rows: tuple[int, int],
+        dq: Tensor | None,
+        dweights: Tensor | None,
+        dk: Tensor | None,
+    ) -> None:
+        """Write dq and dweights of query rows [first, end) and add to dk, given g = dL/dscores [end - first, sk].
+
+        q, weights, k, dq, dweights: as in ForwardWalk, the whole batch element.   dk: [sk, d] in the compute dtype.
+        """
+        s = self.scratch
+        for first, end in blocks(rows[1], self.tile.rows, rows[0]):
+            query, scaled = s.stage_query(q[first:end], None if weights is None else weights[first:end])
+            weighted = head(self.weighted, *query.shape)
+            if self.tile.relu:
+                operand = torch.mul(query, scaled.unsqueeze(-1), out=weighted)
+            else:
+                operand = s.fold(query, scaled).unsqueeze(1)
+            u = None
+            if dq is not None or dweights is not None:
+                u = head(self.u, *operand.shape).zero_()
+            for key in blocks(visible.limit(end - 1), self.tile.keys):
+                keys = stage(k[slice(*key)], s.k)
+                a = self._incoming(g[first - rows[0] : end - rows[0], slice(*key)], visible, (first, end), key)
+                if self.tile.relu:
+                    logits = s.product(query, keys)
+                    a = threshold_backward(a.unsqueeze(1), logits, 0, grad_input=logits).flatten(0, 1)
+                if u is not None:
+                    u.flatten(0, 1).addmm_(a, keys)
+                if dk is not None:
+                    dk[slice(*key)].addmm_(a.t(), operand.flatten(0, 1))
+            if dweights is not None and u is not None:
+                torch.mul(u, query, out=weighted)
+                total = torch.sum(weighted, -1, out=head(self.dweights, *scaled.shape))
+                dweights[first:end] = total.mul_(s.scale)
+            if dq is not None and u is not None:
+                dq[first:end] = torch.mul(u, scaled.unsqueeze(-1), out=weighted)
+
+    def _incoming(self, g: Tensor, visible: Visible, row: tuple[int, int], key: tuple[int, int]) -> Tensor:
+        """Return g [rows, keys] with zeros, whatever it held, at the keys that a row may not see."""
+        hidden = self.scratch.mask(visible, row, key)
+        if hidden is not None:
+            return head(self.scratch.scores, *g.shape).copy_(g).masked_fill_(hidden, 0)
+        return g if self.tile.relu else stage(g, self.scratch.scores)
+
+
+def index_scores(
+    q: Tensor,
+    weights: Tensor | None,
+    k: Tensor,
+    start: Tensor | None,
+    end: Tensor | None,
+    bias: Tensor | None,
+    offset: int | None,
+    ratio: int,
+    relu: bool,
+    scale: float,
+) -> Tensor:
+    """Scores [b, sq, sk] of a checked, batch-first call (see `headfold.contract.ScoreCall`)."""
+    tile = tile_of(q, k, relu)
+    b, sq, sk = q.shape[0], q.shape[1], k.shape[1]
+    out = torch.empty(b, sq, sk, dtype=compute_dtype(q.dtype), device=q.device)
+    with torch.autocast(q.device.type, enabled=False):
+        walk = ForwardWalk(tile, q, scale)
+        for i in range(b):
+            visible = Visible(sk, _row(start, i), _row(end, i), offset, ratio, _row(bias, i))
+            walk.slab(q[i], _row(weights, i), k[i], visible, (0, sq), out[i])
+    return out
+
+
+def index_scores_backward(
+    g: Tensor,
+    q: Tensor,
+    weights: Tensor | None,
+    k: Tensor,
+    start: Tensor | None,
+    end: Tensor | None,
+    bias: Tensor | None,
+    offset: int | None,
+    ratio: int,
+    relu: bool,
+    scale: float,
+    needs: tuple[bool, bool, bool],
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Gradients of q, weights and k, each in its input's dtype and strides; None where `needs` is false."""
+    tile = tile_of(q, k, relu)
+    dq = torch.empty_like(q) if needs[0] else None
+    dweights = torch.empty_like(weights) if needs[1] and weights is not None else None
+    dk = torch.zeros_like(k) if needs[2] else None
+    sq, sk = q.shape[1], k.shape[1]
+    with torch.autocast(q.device.type, enabled=False):
+        walk = BackwardWalk(tile, q, scale)
+        total = None if dk is None or dk.dtype == walk.scratch.dtype else torch.empty_like(k[0], dtype=walk.scratch.dtype)
+        for i in range(q.shape[0]):
+            visible = Visible(sk, _row(start, i), _row(end, i), offset, ratio, _row(bias, i))
+            sums = _row(dk, i) if total is None else total.zero_()
+            walk.slab(g[i], q[i], _row(weights, i), k[i], visible, (0, sq), _row(dq, i), _row(dweights, i), sums)
+            if dk is not None and total is not None:
+                dk[i] = total
+    return dq, dweights, dk
+
+
+def tile_of(q: Tensor, k: Tensor, relu: bool) -> Tile:
+    """Return the tile of a walk over batch-first q [b, sq, h, d] and k [b, sk, d]."""
+    _, sq, h, d = q.shape
+    return Tile.of(sq, k.shape[1], h, d, compute_dtype(q.dtype).itemsize, relu=relu)
+
+
+def _row(x: Tensor | None, i: int) -> Tensor | None:
+    """Return batch element i; an axis of size one stands for all."""
+    if x is None:
+        return None
+    return x[i if x.shape[0] > 1 else 0]

@@ -1,0 +1,244 @@
+"""The headfold command."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import track as rich_track
+from rich.table import Table
+
+from headfold.contract import UnsupportedError
+from headfold.geometry import IndexerGeometry
+from headfold.lanes import report
+from headfold.lanes.doctor import doctor as run_doctor
+from headfold.lanes.parity import parity as run_parity
+from headfold.lanes.plan import plan as run_plan
+from headfold.lanes.problem import Problem, from_file
+from headfold.lanes.record import FAIL, PASS, SKIP, Lane
+from headfold.lanes.residency import residency as run_residency
+from headfold.lanes.speed import speed as run_speed
+from headfold.lanes.speed import sweep as run_sweep
+from headfold.presets import SHAPES, find_preset, parse_shape
+
+app = typer.Typer(
+    help="The lightning indexer of DeepSeek Sparse Attention without the resident head axis: plan it, run it, prove it.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+# A pipe has no width of its own; tables fold badly at the 80 columns that would be assumed.
+out, err = Console(width=None if sys.stdout.isatty() else 160), Console(stderr=True)
+STYLES = {PASS: "green", FAIL: "bold red", SKIP: "yellow"}
+
+Preset = Annotated[str | None, typer.Option(help="A published model's indexer, such as deepseek-v3.2 or glm-5.")]
+Shape = Annotated[str | None, typer.Option(help='small, prod, full, or text like "b=1,sq=4096,sk=4096,h=32,d=128".')]
+Inputs = Annotated[Path | None, typer.Option(help="A safetensors file with captured q, weights and k.")]
+Tokens = Annotated[int, typer.Option(min=1, help="Positions of a --preset's prefill.")]
+Batch = Annotated[int, typer.Option("--batch", min=1, help="Batch size of a --preset.")]
+Dtype = Annotated[str | None, typer.Option(help="float16, bfloat16, float32 or float64.")]
+Device = Annotated[str, typer.Option(help="cpu, cuda or cuda:N.")]
+Threads = Annotated[int | None, typer.Option(min=1, help="CPU threads; torch's default when not given.")]
+Workspace = Annotated[int | None, typer.Option(help="headfold's workspace in bytes; 64 MiB when not given.")]
+Causal = Annotated[bool, typer.Option("--causal", help="Rows see no later keys.")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
+Rounds = Annotated[int, typer.Option(min=1, help="Interleaved timing rounds.")]
+
+
+@app.command()
+def plan(
+    preset: Preset = None,
+    shape: Shape = None,
+    tokens: Tokens = 4096,
+    batch: Batch = 1,
+    dtype: Dtype = None,
+    causal: Causal = False,
+    as_json: Json = False,
+) -> None:
+    """Bytes and FLOPs of a geometry, per path, against device memory. Runs nothing."""
+    _finish([run_plan(_geometry(preset, shape, tokens, batch, dtype), causal=causal)], as_json)
+
+
+@app.command()
+def parity(
+    preset: Preset = None,
+    shape: Shape = None,
+    inputs: Inputs = None,
+    tokens: Tokens = 512,
+    impl: Annotated[str, typer.Option(help="The implementation to check.")] = "auto",
+    device: Device = "cpu",
+    threads: Threads = None,
+    as_json: Json = False,
+) -> None:
+    """Check gradients by float64 gradcheck, then error budgets dtype by dtype."""
+    where = _device(device, threads)
+    problem = _problem(preset, shape, inputs, tokens, 1, None, False)
+    _finish([run_parity(problem, where, impl=impl, track=_track(as_json))], as_json)
+
+
+@app.command()
+def residency(
+    preset: Preset = None,
+    shape: Shape = None,
+    inputs: Inputs = None,
+    tokens: Tokens = 4096,
+    batch: Batch = 1,
+    dtype: Dtype = None,
+    causal: Causal = False,
+    workspace: Workspace = None,
+    full: Annotated[bool, typer.Option("--full", help="The seed's full shape: b=8, sq=sk=4096, h=32, d=128.")] = False,
+    process: Annotated[bool, typer.Option(help="Also read the peak of a fresh process for each row (CPU).")] = True,
+    device: Device = "cpu",
+    threads: Threads = None,
+    as_json: Json = False,
+) -> None:
+    """Measure peaks beside planned ones, per path; what does not fit is not run, and says the bytes it would need."""
+    where = _device(device, threads)
+    problem = _problem(preset, "full" if full else shape, inputs, tokens, batch, dtype, causal)
+    lane = run_residency(problem, where, workspace=workspace, process=process, track=_track(as_json))
+    _finish([lane], as_json)
+
+
+@app.command()
+def speed(
+    preset: Preset = None,
+    shape: Shape = None,
+    inputs: Inputs = None,
+    tokens: Tokens = 4096,
+    batch: Batch = 1,
+    dtype: Dtype = None,
+    causal: Causal = False,
+    workspace: Workspace = None,
+    rounds: Rounds = 5,
+    peers: Annotated[bool, typer.Option("--peers", help="Also time installed megatron-core, attention-gym, transformers.")] = False,
+    sweep: Annotated[bool, typer.Option("--sweep", help="Show where headfold starts to pay, over shapes and dtypes.")] = False,
+    targets: Annotated[bool, typer.Option("--targets", help="Judge the project's speed targets (two CPU cores, float32, prod).")] = False,
+    device: Device = "cpu",
+    threads: Threads = None,
+    as_json: Json = False,
+) -> None:
+    """Median and spread per path, beside the machine's own matrix-product rate."""
+    where, track = _device(device, threads), _track(as_json)
+    if sweep:
+        lane = run_sweep(where, rounds=rounds, track=track)
+    else:
+        problem = _problem(preset, shape, inputs, tokens, batch, dtype, causal)
+        lane = run_speed(problem, where, rounds=rounds, targets=targets, peers=peers, workspace=workspace, track=track)
+    _finish([lane], as_json)
+
+
+@app.command()
+def prove(
+    preset: Preset = None,
+    shape: Shape = None,
+    inputs: Inputs = None,
+    tokens: Tokens = 4096,
+    batch: Batch = 1,
+    dtype: Dtype = None,
+    causal: Causal = False,
+    full: Annotated[bool, typer.Option("--full", help="Add the residency of the seed's full shape (minutes, 6 GiB).")] = False,
+    folder: Annotated[Path, typer.Option("--report", help="Where the report goes.")] = Path("report"),
+    rounds: Rounds = 3,
+    device: Device = "cpu",
+    threads: Threads = None,
+    as_json: Json = False,
+) -> None:
+    """Run every lane on one geometry or on captured tensors, give one verdict and write a report."""
+    where = _device(device, threads)
+    problem = _problem(preset, shape, inputs, tokens, batch, dtype, causal)
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"--report: needs a folder, got {folder}, which is a file.")
+    lanes = report.prove(problem, where, rounds=rounds, full=full, track=_track(as_json))
+    report.write(folder, problem, lanes, where)
+    err.print(f"report: {folder / 'report.md'}")
+    _finish(lanes, as_json)
+
+
+@app.command()
+def doctor(as_json: Json = False) -> None:
+    """Versions, devices, and which implementation each kind of call gets and why."""
+    _finish([run_doctor()], as_json)
+
+
+def _geometry(preset: str | None, shape: str | None, tokens: int, batch: int, dtype: str | None) -> IndexerGeometry:
+    if preset is not None and shape is not None:
+        raise ValueError(f"--preset: excludes --shape, got {preset!r} and {shape!r}.")
+    if preset is not None:
+        return find_preset(preset).geometry(b=batch, tokens=tokens, dtype=dtype or "bfloat16")
+    geometry = SHAPES["prod"] if shape is None else parse_shape(shape)
+    return geometry if dtype is None else geometry.with_(dtype=dtype)
+
+
+def _problem(
+    preset: str | None, shape: str | None, inputs: Path | None, tokens: int, batch: int, dtype: str | None, causal: bool
+) -> Problem:
+    if inputs is None:
+        return Problem(_geometry(preset, shape, tokens, batch, dtype), causal)
+    if preset is not None or shape is not None or dtype is not None:
+        raise ValueError("--inputs: excludes --preset, --shape and --dtype, since the file holds its own, got one of them too.")
+    return from_file(inputs)
+
+
+def _device(name: str, threads: int | None) -> torch.device:
+    if threads is not None:
+        torch.set_num_threads(threads)
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ValueError(f"--device: needs cpu, cuda or cuda:N, got {name!r}.") from None
+    if device.type not in ("cpu", "cuda"):
+        raise ValueError(f"--device: needs cpu, cuda or cuda:N, got {name!r}.")
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"--device: needs a device that torch sees, got {name!r} and no CUDA or ROCm device.")
+    return device
+
+
+def _track(as_json: bool) -> Callable[[Sequence[Any], str], Iterable[Any]]:
+    return partial(_bar, quiet=as_json)
+
+
+def _bar(items: Sequence[Any], description: str, *, quiet: bool) -> Iterable[Any]:
+    return rich_track(items, description=description, console=err, transient=True, disable=quiet)
+
+
+def _finish(lanes: list[Lane], as_json: bool) -> None:
+    """Print the lanes and exit with 0 if every verdict passed, 1 if one failed."""
+    passed = all(lane.passed for lane in lanes)
+    if as_json:
+        print(json.dumps({"passed": passed, "lanes": [lane.to_json() for lane in lanes]}, indent=1))  # noqa: T201 - for programs
+    else:
+        for lane in lanes:
+            _print(lane)
+        if len(lanes) > 1:
+            out.print("[green]contract kept[/]" if passed else "[bold red]contract BROKEN[/]")
+    raise typer.Exit(0 if passed else 1)
+
+
+def _print(lane: Lane) -> None:
+    table = Table(title=escape(f"{lane.name}: {lane.question}"), title_justify="left", title_style="bold")
+    for column in lane.filled_columns():
+        table.add_column(column.title, justify="left" if column.kind == "text" else "right", overflow="fold")
+    for row, cells in zip(lane.rows, lane.cells(), strict=True):
+        table.add_row(*map(escape, cells), style=STYLES.get(row.get("verdict", "")))
+    out.print(table)
+    for note in lane.notes:
+        out.print(f"  {note}", style="dim", highlight=False, markup=False)
+    if any(row.get("verdict") for row in lane.rows):
+        out.print(f"  {lane.verdict}", style="green" if lane.passed else "bold red")
+
+
+def main() -> None:
+    """Run the command; a broken contract or bad usage is one sentence on stderr and exit status 2."""
+    try:
+        app()
+    except (ValueError, TypeError, UnsupportedError) as error:
+        err.print(f"headfold: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
+        sys.exit(2)

@@ -1,0 +1,234 @@
+"""IndexerGeometry: every byte and FLOP formula of the indexer, as plain integers. No torch.
+
+One byte formula serves the planner, the lanes, the tests and the docs. A peak counts what a call allocates beyond its inputs (and
+beyond the incoming gradient), its results included. Formulas of the paths that are not ours were read off their operations and are
+held to allocator measurements by tests/test_plan.py.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+from headfold.tiles import Tile
+
+ITEMSIZE = {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8}
+PATHS = ("materialized", "per-head loop", "headfold")
+
+
+@dataclass(frozen=True)
+class Bill:
+    """What one path allocates, in bytes beyond its inputs.
+
+    forward: peak without autograd.   held: kept from forward to backward, beyond inputs and scores.
+    training: peak over forward and backward under autograd, scores and gradients included.
+    """
+
+    forward: int
+    held: int
+    training: int
+
+
+@dataclass(frozen=True)
+class IndexerGeometry:
+    """The shape of one indexer call.
+
+    Args:
+        b, sq, sk: batch, query rows, keys.   heads, dim: indexer heads and their width.
+        topk: keys kept per row; 0 where nothing is selected.
+        dtype: of q, weights and k: "float16", "bfloat16", "float32" or "float64".
+        relu: whether scores pass through ReLU; without it the heads fold before the product.
+
+    Raises: ValueError for a size below its minimum or an unknown dtype.
+    """
+
+    b: int
+    sq: int
+    sk: int
+    heads: int
+    dim: int
+    topk: int = 0
+    dtype: str = "float32"
+    relu: bool = True
+
+    def __post_init__(self) -> None:
+        """Refuse sizes that no call has."""
+        for name, least in (("b", 0), ("sq", 0), ("sk", 0), ("heads", 1), ("dim", 1), ("topk", 0)):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < least:
+                raise ValueError(f"IndexerGeometry: {name} must be an integer of at least {least}, got {value!r}.")
+        if self.dtype not in ITEMSIZE:
+            raise ValueError(f"IndexerGeometry: dtype must be one of {', '.join(ITEMSIZE)}, got {self.dtype!r}.")
+
+    def with_(self, **changes: Any) -> IndexerGeometry:
+        """Return this geometry with some fields changed."""
+        return replace(self, **changes)
+
+    @property
+    def itemsize(self) -> int:
+        """Bytes of one element of q, weights and k."""
+        return ITEMSIZE[self.dtype]
+
+    @property
+    def compute_itemsize(self) -> int:
+        """Bytes of one score: float64 for float64 inputs, else float32."""
+        return max(4, self.itemsize)
+
+    @property
+    def q_elements(self) -> int:
+        """Elements of q."""
+        return self.b * self.sq * self.heads * self.dim
+
+    @property
+    def weights_elements(self) -> int:
+        """Elements of weights."""
+        return self.b * self.sq * self.heads
+
+    @property
+    def k_elements(self) -> int:
+        """Elements of k."""
+        return self.b * self.sk * self.dim
+
+    @property
+    def inputs_bytes(self) -> int:
+        """Bytes of q, weights and k."""
+        return (self.q_elements + self.weights_elements + self.k_elements) * self.itemsize
+
+    @property
+    def scores_bytes(self) -> int:
+        """Bytes of the [b, sq, sk] scores."""
+        return self.b * self.sq * self.sk * self.compute_itemsize
+
+    @property
+    def intermediate_bytes(self) -> int:
+        """Bytes of one [sq, b, h, sk] tensor, which the materialised path builds."""
+        return self.scores_bytes * self.heads
+
+    @property
+    def indices_bytes(self) -> int:
+        """Bytes of the [b, sq, topk] int32 selection."""
+        return 4 * self.b * self.sq * self.topk
+
+    @property
+    def gradients_bytes(self) -> int:
+        """Bytes of dq, dweights and dk, each in its input's dtype."""
+        return self.inputs_bytes
+
+    @property
+    def tile(self) -> Tile:
+        """The tile of the walk."""
+        return Tile.of(self.sq, self.sk, self.heads, self.dim, self.compute_itemsize, relu=self.relu)
+
+    @property
+    def forward_scratch(self) -> int:
+        """Bytes of workspace that the forward walk takes; the smallest workspace that works without gradients."""
+        return self.tile.forward_bytes
+
+    @property
+    def backward_scratch(self) -> int:
+        """Bytes of workspace that the backward walk takes; the smallest workspace that works with gradients."""
+        return self.tile.backward_bytes
+
+    @property
+    def accumulator_bytes(self) -> int:
+        """Bytes of the float32 [sk, d] sums that half-precision dk is cast from, one batch element at a time."""
+        return self.sk * self.dim * 4 if self.itemsize < 4 else 0
+
+    def bill(self, path: str) -> Bill:
+        """Return what a path allocates: one of "materialized", "per-head loop" and "headfold"."""
+        bills = dict(zip(PATHS, (self._materialized, self._loop, self._headfold), strict=True))
+        if path not in bills:
+            raise ValueError(f"IndexerGeometry.bill: path must be one of {', '.join(PATHS)}, got {path!r}.")
+        return bills[path]()
+
+    def _headfold(self) -> Bill:
+        backward = self.gradients_bytes + self.accumulator_bytes + self.backward_scratch
+        return Bill(
+            forward=self.scores_bytes + self.forward_scratch,
+            held=0,
+            training=self.scores_bytes + max(self.forward_scratch, backward),
+        )
+
+    def _materialized(self) -> Bill:
+        """Bytes of einsum, relu, times weights, sum over heads. Each step holds its argument and its result.
+
+        The einsum's own operands are copies where q is cast or, for b > 1, brought batch-first; autograd saves those, the
+        rectified intermediate and, when cast, the weights. Backward of the weighting makes two intermediates and dweights.
+        """
+        i, scores, size = self.intermediate_bytes, self.scores_bytes, self.compute_itemsize
+        q, k, weights = (size * n for n in (self.q_elements, self.k_elements, self.weights_elements))
+        cast = self.itemsize < size
+        copied = (q if self.b > 1 or cast else 0) + (k if cast else 0)
+        operands = copied + (q if self.b > 1 and cast else 0)
+        weights_cast = weights if cast else 0
+        held = i + copied + weights_cast
+        return Bill(
+            forward=max(operands + i, 2 * i + weights_cast),
+            held=held,
+            training=scores + held + max(i, 2 * i + weights),
+        )
+
+    def _loop(self) -> Bill:
+        """Bytes of the loop over heads: sum, logits and weighted logits. Autograd keeps every head's rectified logits.
+
+        Backward makes two score-shaped tensors at a time, or two of dq's size: one head's gradient fills a whole dq.
+        """
+        scores, size = self.scores_bytes, self.compute_itemsize
+        q, k, weights = (size * n for n in (self.q_elements, self.k_elements, self.weights_elements))
+        cast = self.itemsize < size
+        held = self.intermediate_bytes + (q + k + weights if cast else 0)
+        one_head = (q + weights) // self.heads + k if cast else 0
+        step = max(2 * scores, 2 * self.q_elements * self.itemsize) + k + weights
+        return Bill(forward=3 * scores + one_head, held=held, training=scores + held + step)
+
+    def forward_flops(self, *, causal: bool = False) -> int:
+        """FLOPs of the scores: two per multiply-add of the product and of the fold over heads."""
+        return self._flops(1, causal)
+
+    def backward_flops(self, *, causal: bool = False) -> int:
+        """FLOPs of all three gradients: three products (logits again, u, dk)."""
+        return self._flops(3 if self.relu else 2, causal)
+
+    def _flops(self, products: int, causal: bool) -> int:
+        offset = self.sk - self.sq if causal else None
+        return score_flops(
+            self.b, self.sq, self.sk, self.heads, self.dim, products=products, relu=self.relu, offset=offset
+        )
+
+
+def visible_pairs(sq: int, sk: int, offset: int | None = None, ratio: int = 1) -> int:
+    """Count the (row, key) pairs that the static bound of a KeyRange lets through: Σ_s clamp((s + 1 + offset) // ratio, 0, sk)."""
+    if offset is None:
+        return sq * sk
+    first = max(0, min(sq, ratio - 1 - offset))
+    full = max(first, min(sq, sk * ratio - 1 - offset))
+    return _sum_of_floors(full + 1 + offset, ratio) - _sum_of_floors(first + 1 + offset, ratio) + (sq - full) * sk
+
+
+def _sum_of_floors(n: int, ratio: int) -> int:
+    """Return Σ_{0 <= x < n} x // ratio."""
+    whole, rest = divmod(max(0, n), ratio)
+    return ratio * whole * (whole - 1) // 2 + rest * whole
+
+
+def score_flops(
+    b: int,
+    sq: int,
+    sk: int,
+    h: int,
+    d: int,
+    *,
+    products: int,
+    relu: bool = True,
+    offset: int | None = None,
+    ratio: int = 1,
+) -> int:
+    """Count the FLOPs of `products` matrix products over the visible pairs, and of the fold over heads.
+
+    With ReLU every product runs over all heads and the logits are weighted and summed once. Without it the heads
+    fold first, and a product runs over one folded head.
+    """
+    pairs = b * visible_pairs(sq, sk, offset, ratio)
+    if relu:
+        return 2 * pairs * h * (products * d + 1)
+    return 2 * pairs * products * d + 2 * b * sq * h * d

@@ -1,0 +1,110 @@
+"""The error budget: the one tolerance rule, shared by lanes and tests.
+
+error(ours, truth) <= 2 · (error(materialised path in the same dtype, truth) + eps · max|truth|), row by row. The materialised
+path's error is the largest over eight orders of its sums: a single order is often lucky in a short row, and in float64 the truth is itself
+one of them. (Held to one order alone, the materialised path with its sums reversed breaks its own budget.)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from headfold import materialized
+from headfold.contract import score_call
+from headfold.scores import index_scores
+
+Inputs = Sequence[Tensor | None]
+# A row is one query of scores, dq and dweights, and one key of dk.
+ROW_AXES = {"scores": 1, "dq": 2, "dweights": 1, "dk": 1}
+ORDERS = 8
+DEFAULTS: dict[str, Any] = {
+    "causal": False,
+    "keys": None,
+    "bias": None,
+    "activation": "relu",
+    "scale": 1.0,
+    "layout": "sbhd",
+    "workspace": None,
+}
+
+
+@dataclass(frozen=True)
+class Spent:
+    """How much of the budget the worst row used.
+
+    share: its error over its budget, at most 1 when kept.   error: that row's error relative to its largest true value.
+    row: its place.   mismatched: entries whose NaN or infinity differs from the truth.
+    """
+
+    share: float
+    error: float
+    row: tuple[int, ...]
+    mismatched: int
+
+    @property
+    def kept(self) -> bool:
+        """Whether every row stayed inside its budget."""
+        return self.share <= 1 and self.mismatched == 0
+
+
+def spend(got: Tensor, truth: Tensor, bases: Sequence[Tensor], axes: int = 1) -> Spent:
+    """Compare a result with the float64 truth, beside the materialised path's own error in the same dtype.
+
+    Args:
+        got: ours.   truth: float64.   bases: the materialised path's results, in got's dtype.
+        axes: how many trailing axes make up a row.
+    """
+    eps = torch.finfo(got.dtype).eps
+    got, truth = got.double(), truth.double()
+    settled = truth.isfinite()
+    same = torch.where(settled, got.isfinite(), (got == truth) | (got.isnan() & truth.isnan()))
+    if got.numel() == 0:
+        return Spent(0.0, 0.0, (), 0)
+
+    def row_error(x: Tensor) -> Tensor:
+        return torch.where(settled, x.double() - truth, 0).abs().flatten(-axes).amax(-1)
+
+    largest = torch.where(settled, truth, 0).abs().flatten(-axes).amax(-1)
+    error = row_error(torch.where(same, got, truth))
+    budget = 2 * (torch.stack([row_error(base) for base in bases]).amax(0) + eps * largest)
+    share = torch.where(error == 0, 0.0, error / budget)
+    worst = int(share.argmax())
+    place = tuple(int(i) for i in torch.unravel_index(torch.tensor(worst), share.shape))
+    return Spent(float(share[place]), float(error[place] / largest[place]), place, int((~same).sum()))
+
+
+def spend_all(inputs: Inputs, g: Tensor, **call: Any) -> dict[str, Spent]:
+    """Hold scores and gradients of index_scores to the budget, given q, weights (or None) and k already in their dtype.
+
+    g: dL/dscores.   call: further arguments of index_scores.
+    """
+    shuffle = torch.Generator(g.device).manual_seed(0)
+    oracle = {**call, "impl": "materialized"}
+    truth = _scores_and_grads(partial(index_scores, **_wide(oracle)), [x if x is None else x.double() for x in inputs], g)
+    orders = [partial(index_scores, **oracle), *[partial(_reordered, call, shuffle)] * (ORDERS - 1)]
+    bases = [_scores_and_grads(order, inputs, g) for order in orders]
+    got = _scores_and_grads(partial(index_scores, **call), inputs, g)
+    return {name: spend(got[name], truth[name], [base[name] for base in bases], ROW_AXES[name]) for name in got}
+
+
+def _reordered(call: dict[str, Any], generator: torch.Generator, q: Tensor, weights: Tensor | None, k: Tensor) -> Tensor:
+    checked = score_call("budget", q, weights, k, **{**DEFAULTS, **{n: x for n, x in call.items() if n in DEFAULTS}})
+    return materialized.reordered(checked, generator)
+
+
+def _wide(call: dict[str, Any]) -> dict[str, Any]:
+    return {name: x.double() if isinstance(x, Tensor) else x for name, x in call.items()}
+
+
+def _scores_and_grads(scorer: Callable[..., Tensor], inputs: Inputs, g: Tensor) -> dict[str, Tensor]:
+    leaves = [None if x is None else x.detach().requires_grad_() for x in inputs]
+    scores = scorer(*leaves)
+    present = {f"d{name}": x for name, x in zip(("q", "weights", "k"), leaves, strict=True) if x is not None}
+    grads = torch.autograd.grad(scores, list(present.values()), g.to(scores.dtype))
+    return {"scores": scores.detach(), **dict(zip(present, grads, strict=True))}

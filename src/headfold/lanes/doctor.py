@@ -1,0 +1,46 @@
+"""doctor: versions, devices, and which implementation each kind of call gets, and why."""
+
+from __future__ import annotations
+
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+import torch
+
+from headfold import backends
+from headfold.lanes import measure
+from headfold.lanes.record import Column, Lane
+
+COLUMNS = (Column("call", "call"), Column("implementation", "implementation"), Column("why", "why"))
+PACKAGES = ("triton", "numpy", "safetensors", "matplotlib", "transformers", "megatron-core", "attn-gym")
+
+
+def devices() -> list[torch.device]:
+    """Return the CPU and every accelerator that torch sees."""
+    return [torch.device("cpu"), *(torch.device("cuda", i) for i in range(torch.cuda.device_count()))]
+
+
+def doctor() -> Lane:
+    """Describe this machine and the rule that picks an implementation on it."""
+    lane = Lane("doctor", "What does each call get here, and why?", COLUMNS)
+    for device in devices():
+        for dtype in ("float16", "bfloat16", "float32", "float64"):
+            chosen = backends.choose("doctor", "auto")
+            lane.rows.append({"call": f"{device}, {dtype}", "implementation": chosen, "why": backends.RULE})
+    for device in devices():
+        lane.notes.extend(f"{name}: {value}" for name, value in _facts(device).items())
+    lane.notes.extend(f"{package}: {_installed(package)}" for package in PACKAGES)
+    return lane
+
+
+def _facts(device: torch.device) -> dict[str, Any]:
+    facts = measure.environment(device)
+    facts["memory free"] = f"{measure.free_memory(device):,} bytes"
+    return facts
+
+
+def _installed(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "not installed"

@@ -1,0 +1,195 @@
+"""Measuring: bytes from the allocator, bytes from the process, seconds, and the machine's own rate."""
+
+from __future__ import annotations
+
+import gc
+import os
+import platform
+import resource
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+RATE_SIZE = 2048
+
+
+@dataclass(frozen=True)
+class Peak:
+    """Bytes beyond those alive at the start: the peak, and what was still alive at the end."""
+
+    peak: int
+    left: int
+    result: Any
+
+
+def allocator_peak(run: Callable[[], Any], device: torch.device) -> Peak:
+    """Run once and follow the allocator: every event of it on CPU, its own peak counter on CUDA."""
+    gc.collect()
+    return _cuda_peak(run, device) if device.type == "cuda" else _cpu_peak(run)
+
+
+def _cuda_peak(run: Callable[[], Any], device: torch.device) -> Peak:
+    torch.cuda.synchronize(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_allocated(device)
+    result = run()
+    torch.cuda.synchronize(device)
+    peak = torch.cuda.max_memory_allocated(device) - before
+    return Peak(peak, torch.cuda.memory_allocated(device) - before, result)
+
+
+def _cpu_peak(run: Callable[[], Any]) -> Peak:
+    profiler = profile(activities=[ProfilerActivity.CPU], profile_memory=True)
+    with _quiet_stderr():
+        profiler.start()
+    try:
+        result = run()
+    finally:
+        with _quiet_stderr():
+            profiler.stop()
+    inner = profiler.profiler
+    assert inner is not None
+    assert inner.kineto_results is not None
+    events = [(e.start_ns(), e.nbytes()) for e in inner.kineto_results.events() if e.name() == "[memory]"]
+    now = peak = 0
+    for _, count in sorted(events, key=lambda event: event[0]):
+        now += count
+        peak = max(peak, now)
+    return Peak(peak, now, result)
+
+
+@contextmanager
+def _quiet_stderr() -> Iterator[None]:
+    """Drop what the profiler's C++ prints while it starts and stops."""
+    sys.stderr.flush()
+    saved = os.dup(2)
+    try:
+        with Path(os.devnull).open("w") as sink:
+            os.dup2(sink.fileno(), 2)
+        yield
+    finally:
+        os.dup2(saved, 2)
+        os.close(saved)
+
+
+def process_peak(run: Callable[[], Any]) -> int | None:
+    """Run `run` in this process and return by how much its resident set peaked above its start; None where not told.
+
+    Meant for a fresh subprocess. Linux keeps the peak since the last reset in /proc; elsewhere there is no reset, so
+    the figure is exact only if nothing larger ran before.
+    """
+    status, reset = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+    if not status.exists():
+        before = _rusage_peak()
+        run()
+        return _rusage_peak() - before
+    reset.write_text("5")
+    before = _status_bytes(status, "VmRSS")
+    run()
+    return _status_bytes(status, "VmHWM") - before
+
+
+def _rusage_peak() -> int:
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def _status_bytes(status: Path, field: str) -> int:
+    for line in status.read_text().splitlines():
+        if line.startswith(field + ":"):
+            return int(line.split()[1]) * 1024
+    raise RuntimeError(f"{status} has no {field}.")
+
+
+def in_fresh_process(function: Callable[..., Any], *args: Any) -> Any:
+    """Call a module-level function in a new interpreter; None when that process was killed, as by the out-of-memory killer."""
+    with ProcessPoolExecutor(max_workers=1, mp_context=get_context("spawn")) as pool:
+        try:
+            return pool.submit(partial(function, *args)).result()
+        except BrokenProcessPool:
+            return None
+
+
+def free_memory(device: torch.device) -> int:
+    """Return the bytes that a row may take on this device: free device memory, or what the machine and its cgroup leave."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    free = psutil.virtual_memory().available
+    limit, used = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
+    if limit.is_file() and used.is_file() and limit.read_text().strip() != "max":
+        free = min(free, int(limit.read_text()) - int(used.read_text()))
+    return free
+
+
+def seconds(run: Callable[[], Any], device: torch.device) -> float:
+    """Time one call, device work included."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    start = time.perf_counter()
+    run()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - start
+
+
+class MatrixProduct:
+    """The machine's own rate: a square product of size 2048 in a dtype."""
+
+    def __init__(self, device: torch.device, dtype: torch.dtype) -> None:
+        """Make the operands once and warm the library up."""
+        self.device = device
+        self.a, self.b = (torch.randn(RATE_SIZE, RATE_SIZE, device=device).to(dtype) for _ in range(2))
+        self.out = torch.empty_like(self.a)
+        self.rate()
+
+    def rate(self) -> float:
+        """FLOP/s, the median of five."""
+        run = partial(torch.mm, self.a, self.b, out=self.out)
+        return 2 * RATE_SIZE**3 / statistics.median(seconds(run, self.device) for _ in range(5))
+
+
+def environment(device: torch.device) -> dict[str, Any]:
+    """Return what a reader needs to repeat a measurement."""
+    facts: dict[str, Any] = {
+        "headfold": _version("headfold"),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "system": f"{platform.system()} {platform.machine()}",
+        "cpu": _cpu_name(),
+        "threads": torch.get_num_threads(),
+        "memory_bytes": psutil.virtual_memory().total,
+        "device": str(device),
+    }
+    if device.type == "cuda":
+        facts["gpu"] = torch.cuda.get_device_name(device)
+        facts["gpu_memory_bytes"] = torch.cuda.get_device_properties(device).total_memory
+        facts["cuda"] = torch.version.cuda or torch.version.hip
+    return facts
+
+
+def _version(package: str) -> str:
+    from importlib.metadata import version
+
+    return version(package)
+
+
+def _cpu_name() -> str:
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        for line in info.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()

@@ -1,0 +1,55 @@
+"""The plan: bytes and FLOPs of a geometry, per path. Runs nothing."""
+
+from __future__ import annotations
+
+from headfold.geometry import PATHS, IndexerGeometry
+from headfold.lanes.record import Column, Lane, Row
+from headfold.tiles import DEFAULT_WORKSPACE
+
+GIB = 1 << 30
+# Device memory that people have, in bytes; docs and figures draw the same lines.
+DEVICES = {"RTX 4090 24 GB": 24 * GIB, "A100 / H100 80 GB": 80 * GIB, "H200 141 GB": 141 * GIB, "MI300X 192 GB": 192 * GIB}
+
+COLUMNS = (
+    Column("path", "path"),
+    Column("forward", "forward peak", "bytes"),
+    Column("held", "held for backward", "bytes"),
+    Column("training", "forward + backward peak", "bytes"),
+    Column("fits", "fits (with its inputs)"),
+)
+
+
+def plan(geometry: IndexerGeometry, *, causal: bool = False) -> Lane:
+    """Bill each path for one layer's indexer, and say on which devices its training step fits."""
+    g = geometry
+    lane = Lane("plan", f"What does the indexer of {describe(g)} cost?", COLUMNS, notes=_notes(g, causal))
+    for path in PATHS:
+        bill = g.bill(path)
+        needed = bill.training + g.inputs_bytes
+        fits = [name for name, size in DEVICES.items() if needed <= size]
+        row: Row = {"path": path, "forward": bill.forward, "held": bill.held, "training": bill.training}
+        lane.rows.append({**row, "fits": f"{fits[0]} and larger" if fits else "none of the listed"})
+    return lane
+
+
+def describe(g: IndexerGeometry) -> str:
+    """Name a geometry in one line."""
+    topk = f", topk={g.topk}" if g.topk else ""
+    return f"b={g.b}, sq={g.sq}, sk={g.sk}, h={g.heads}, d={g.dim}{topk}, {g.dtype}"
+
+
+def _notes(g: IndexerGeometry, causal: bool) -> list[str]:
+    from headfold.lanes.record import show_bytes
+
+    notes = [
+        f"Peaks count results and scratch beyond the inputs ({show_bytes(g.inputs_bytes)}), for one layer.",
+        f"One [sq, b, h, sk] intermediate is {g.intermediate_bytes:,} bytes ({show_bytes(g.intermediate_bytes)}); "
+        f"the scores are {show_bytes(g.scores_bytes)}.",
+        f"headfold's scratch is {show_bytes(g.forward_scratch)} forward and {show_bytes(g.backward_scratch)} backward, "
+        f"out of a workspace of {show_bytes(DEFAULT_WORKSPACE)} by default.",
+        f"Forward {g.forward_flops(causal=causal) / 1e12:.4g} TFLOP, backward (three products) "
+        f"{g.backward_flops(causal=causal) / 1e12:.4g} TFLOP{' (causal)' if causal else ''}.",
+    ]
+    if g.topk:
+        notes.append(f"The selection itself, [b, sq, topk] int32, is {show_bytes(g.indices_bytes)}.")
+    return notes

@@ -1,0 +1,117 @@
+"""Problem: the tensors that every lane works on, made from a geometry or read from a capture."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from headfold.contract import DTYPES
+from headfold.geometry import IndexerGeometry
+from headfold.layout import AXES, LAYOUTS, batch_first
+
+NAMES = ("q", "weights", "k")
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Where q, weights and k come from.
+
+    geometry: their shape.   causal, scale: arguments of the call.   path: the capture they are read from; None makes random ones.
+    """
+
+    geometry: IndexerGeometry
+    causal: bool = False
+    scale: float = 1.0
+    path: Path | None = None
+    source: str = "standard normal q and k, normal weights of either sign, seed 0"
+
+    def tensors(self, device: torch.device, dtype: torch.dtype | None = None, *, grad: bool = False) -> list[Tensor]:
+        """Return fresh q, weights and k in layout sbhd on a device, rounded to `dtype` (the geometry's when None)."""
+        dtype = dtype or getattr(torch, self.geometry.dtype)
+        found = _random(self.geometry, device, dtype) if self.path is None else _read(self.path)[0]
+        return [x.to(device, dtype).requires_grad_(grad) for x in found]
+
+
+def incoming(problem: Problem, device: torch.device) -> Tensor:
+    """Return a fixed dL/dscores [b, sq, sk] of either sign, in the compute dtype."""
+    g = problem.geometry
+    dtype = torch.float64 if g.dtype == "float64" else torch.float32
+    generator = torch.Generator(device).manual_seed(1)
+    return torch.randn(g.b, g.sq, g.sk, generator=generator, device=device, dtype=dtype)
+
+
+def _random(g: IndexerGeometry, device: torch.device, dtype: torch.dtype) -> list[Tensor]:
+    generator = torch.Generator(device).manual_seed(0)
+    shapes = (g.sq, g.b, g.heads, g.dim), (g.sq, g.b, g.heads), (g.sk, g.b, g.dim)
+    made = dtype if dtype in (torch.float32, torch.float64) else torch.float32
+    return [torch.randn(shape, generator=generator, device=device, dtype=made).to(dtype) for shape in shapes]
+
+
+def from_file(path: Path) -> Problem:
+    """Read a capture: a safetensors file with q, weights and k, and metadata layout, causal, scale, topk and source.
+
+    Metadata defaults: layout "sbhd", causal "false", scale "1.0", topk "0".
+
+    Raises: ValueError naming what is missing or malformed.
+    """
+    tensors, metadata = _read(path)
+    q, weights, k = tensors
+    (sq, b, heads, dim), sk = q.shape, k.shape[0]
+    if weights.shape != (sq, b, heads) or tuple(k.shape) != (sk, b, dim):
+        raise ValueError(
+            f"--inputs: q, weights and k in {path.name} must agree in b, sq, h and d, "
+            f"got (as sbhd) q {list(q.shape)}, weights {list(weights.shape)}, k {list(k.shape)}."
+        )
+    causal = metadata.get("causal", "false")
+    if causal not in ("true", "false"):
+        raise ValueError(f'--inputs: metadata causal of {path.name} must be "true" or "false", got {causal!r}.')
+    geometry = IndexerGeometry(
+        b, sq, sk, heads, dim, int(_number(path, metadata, "topk", 0)), dtype=str(q.dtype).removeprefix("torch.")
+    )
+    source = f"{path.name}: {metadata.get('source', 'no source given')}"
+    return Problem(geometry, causal == "true", _number(path, metadata, "scale", 1.0), path, source)
+
+
+def _number(path: Path, metadata: dict[str, str], name: str, default: float) -> float:
+    text = metadata.get(name, str(default))
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not math.isfinite(value) or value < 0:
+        raise ValueError(f"--inputs: metadata {name} of {path.name} must be a number of at least 0, got {text!r}.")
+    return value
+
+
+def _read(path: Path) -> tuple[list[Tensor], dict[str, str]]:
+    from safetensors import SafetensorError, safe_open
+
+    if not path.is_file():
+        raise ValueError(f"--inputs: needs a safetensors file, got {path}, which is not a file.")
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            present = set(file.keys())
+            missing = [name for name in NAMES if name not in present]
+            if missing:
+                raise ValueError(
+                    f"--inputs: {path.name} must hold tensors q, weights and k, "
+                    f"got {', '.join(sorted(present)) or 'none'} (missing {', '.join(missing)})."
+                )
+            tensors = [file.get_tensor(name) for name in NAMES]
+    except SafetensorError as error:
+        raise ValueError(f"--inputs: {path.name} must be a safetensors file, got one that does not parse ({error}).") from error
+    layout = metadata.get("layout", "sbhd")
+    if layout not in LAYOUTS:
+        raise ValueError(f"--inputs: metadata layout of {path.name} must be one of {', '.join(LAYOUTS)}, got {layout!r}.")
+    for name, x in zip(NAMES, tensors, strict=True):
+        axes = AXES[layout][name]
+        if x.dim() != axes.count(",") + 1:
+            raise ValueError(f"--inputs: {name} in {path.name} must be {axes}, got shape {list(x.shape)}.")
+        if x.dtype not in DTYPES:
+            raise ValueError(f"--inputs: {name} in {path.name} must be a floating dtype of at least 16 bits, got {x.dtype}.")
+    return [batch_first(x, layout).transpose(0, 1) for x in tensors], metadata

@@ -1,0 +1,74 @@
+"""prove: every lane on one problem, one verdict, and a report on disk."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from tabulate import tabulate
+
+from headfold.lanes import figures, measure
+from headfold.lanes.parity import parity
+from headfold.lanes.plan import describe, plan
+from headfold.lanes.problem import Problem
+from headfold.lanes.record import Lane, Track, no_track
+from headfold.lanes.residency import residency
+from headfold.lanes.speed import speed
+from headfold.presets import SHAPES
+
+CAPTIONS = {
+    "bytes.svg": "Planned peak of a training step by sequence length",
+    "peaks.svg": "Measured beside planned peaks",
+    "time.svg": "Time beside the matrix-product rate",
+}
+
+
+def prove(
+    problem: Problem, device: torch.device, *, rounds: int = 3, full: bool = False, track: Track[Any] = no_track
+) -> list[Lane]:
+    """Run plan, parity, residency and speed; `full` adds the residency of the seed's full shape."""
+    lanes = [
+        plan(problem.geometry, causal=problem.causal),
+        parity(problem, device, track=track),
+        residency(problem, device, track=track),
+        speed(problem, device, rounds=rounds, track=track),
+    ]
+    if full:
+        large = residency(Problem(SHAPES["full"]), device, track=track)
+        large.name, large.question = "residency, full shape", f"And at {describe(SHAPES['full'])}?"
+        lanes.insert(3, large)
+    return lanes
+
+
+def write(folder: Path, problem: Problem, lanes: list[Lane], device: torch.device) -> None:
+    """Write report.json, report.md and the figures."""
+    folder.mkdir(parents=True, exist_ok=True)
+    drawn = figures.draw(folder, problem.geometry, {lane.name: lane for lane in lanes})
+    facts = measure.environment(device)
+    (folder / "report.json").write_text(json.dumps(to_json(problem, lanes, facts), indent=1) + "\n", encoding="utf-8")
+    (folder / "report.md").write_text(_markdown(problem, lanes, facts, drawn), encoding="utf-8")
+
+
+def to_json(problem: Problem, lanes: list[Lane], facts: dict[str, Any]) -> dict[str, Any]:
+    """Return everything that was measured, with where it was."""
+    return {
+        "passed": all(lane.passed for lane in lanes),
+        "geometry": {**vars(problem.geometry), "causal": problem.causal, "scale": problem.scale},
+        "source": problem.source,
+        "environment": facts,
+        "lanes": [lane.to_json() for lane in lanes],
+    }
+
+
+def _markdown(problem: Problem, lanes: list[Lane], facts: dict[str, Any], drawn: list[Path]) -> str:
+    verdict = "kept" if all(lane.passed for lane in lanes) else "BROKEN"
+    parts = [f"# headfold: contract {verdict}", f"{describe(problem.geometry)}; {problem.source}."]
+    parts.append(", ".join(f"{name} {value}" for name, value in facts.items()))
+    parts += [f"![{CAPTIONS[path.name]}]({path.name})" for path in drawn]
+    for lane in lanes:
+        parts.append(f"## {lane.name}: {lane.verdict}\n\n{lane.question}")
+        parts.append(tabulate(lane.cells(), [column.title for column in lane.filled_columns()], tablefmt="github"))
+        parts.append("\n".join(f"- {note}" for note in lane.notes))
+    return "\n\n".join(parts) + "\n"

@@ -1,0 +1,169 @@
+"""The large-shape lane: measured peaks beside planned ones, per path."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from headfold.geometry import IndexerGeometry
+from headfold.lanes import measure
+from headfold.lanes.paths import ScorePath, headfold, loop, materialized
+from headfold.lanes.problem import Problem, incoming
+from headfold.lanes.record import FAIL, PASS, SKIP, Column, Lane, Row, Track, no_track, show_bytes
+from headfold.tiles import DEFAULT_WORKSPACE, MIB
+
+COLUMNS = (
+    Column("path", "path"),
+    Column("phase", "phase"),
+    Column("planned", "planned", "bytes"),
+    Column("measured", "measured", "bytes"),
+    Column("ratio", "measured / planned", "ratio"),
+    Column("process", "process peak", "bytes"),
+    Column("verdict", "verdict"),
+    Column("note", "note"),
+)
+LEAST_SHARE = 0.8
+SMALL_CHANGE = MIB
+# What a process may take beyond the allocator's peak: matrix-library scratch, page tables and interpreter growth.
+PROCESS_SLACK = 64 * MIB
+FORWARD, TRAINING, HELD = "forward", "forward + backward", "held for backward"
+
+
+def residency(
+    problem: Problem,
+    device: torch.device,
+    *,
+    workspace: int | None = None,
+    process: bool = True,
+    track: Track[Any] = no_track,
+) -> Lane:
+    """Measure every path that fits, forward and through backward, and hold it to the plan.
+
+    Args:
+        problem: the tensors.   device: where.
+        workspace: headfold's; None measures both the default and 16 MiB (or the smallest that works, if larger).
+        process: whether to repeat each CPU row in a fresh process and read that process's own peak.
+        track: wraps the list of paths, for a progress bar.
+    """
+    g = problem.geometry
+    lane = Lane("residency", "Do the measured peaks equal the planned ones?", COLUMNS)
+    paths = [materialized(), loop(), *_ours(g, workspace)]
+    for path, phase in track([(path, phase) for path in paths for phase in (FORWARD, TRAINING)], "residency"):
+        lane.rows.extend(_measure(problem, path, phase, device, process=process and device.type == "cpu"))
+    lane.notes = [
+        f"Bytes beyond the inputs, results included, counted by {_counter(device)}. "
+        f"A row passes if {LEAST_SHARE} · planned <= measured <= planned.",
+        f"headfold rows also hold the contract: measured - results <= workspace + {show_bytes(SMALL_CHANGE)}.",
+    ]
+    if process and device.type == "cpu":
+        lane.notes.append(
+            "Process peak: growth of the resident set of a fresh process over the same call, at most planned + "
+            f"{show_bytes(PROCESS_SLACK)} of slack for library scratch outside the allocator."
+        )
+    return lane
+
+
+def _counter(device: torch.device) -> str:
+    return "the CUDA allocator's peak counter" if device.type == "cuda" else "the CPU allocator's events"
+
+
+def _ours(g: IndexerGeometry, workspace: int | None) -> list[ScorePath]:
+    if workspace is not None:
+        return [headfold(workspace, f"headfold, {show_bytes(workspace)} workspace")]
+    least = max(16 * MIB, g.backward_scratch)
+    return [headfold(), headfold(least, f"headfold, {show_bytes(least)} workspace")]
+
+
+def _measure(problem: Problem, path: ScorePath, phase: str, device: torch.device, *, process: bool) -> list[Row]:
+    bill = path.bill(problem.geometry)
+    planned = bill.forward if phase == FORWARD else bill.training
+    row: Row = {"path": path.name, "phase": phase, "planned": planned}
+    needed = planned + problem.geometry.inputs_bytes + problem.geometry.scores_bytes + PROCESS_SLACK
+    free = measure.free_memory(device)
+    if needed > free:
+        note = f"needs {needed:,} bytes ({show_bytes(needed)}), {show_bytes(free)} are free"
+        return [{**row, "verdict": SKIP, "note": note}]
+    if phase == FORWARD:
+        run = prepare_forward(problem, path, device)
+        _warm(problem, path, device)
+        peak = measure.allocator_peak(run, device)
+        rows = [_judge({**row, "measured": peak.peak}, problem, path)]
+    else:
+        rows = _training_rows(row, problem, path, device, bill.held)
+    if process:
+        rows[0] = _with_process(rows[0], problem, path)
+    return rows
+
+
+def _training_rows(row: Row, problem: Problem, path: ScorePath, device: torch.device, held: int) -> list[Row]:
+    _warm(problem, path, device)
+    inputs = problem.tensors(device, grad=True)
+    g = incoming(problem, device)
+    forward = measure.allocator_peak(lambda: path.forward(*inputs, problem.causal, problem.scale), device)
+    scores = [forward.result]
+    kept = forward.left - scores[0].nbytes
+    backward = measure.allocator_peak(lambda: torch.autograd.grad(scores[0], inputs, g), device)
+    measured = max(forward.peak, forward.left + backward.peak)
+    held_row: Row = {"path": path.name, "phase": HELD, "planned": held, "measured": kept}
+    return [_judge({**row, "measured": measured}, problem, path), _judge(held_row, problem, path)]
+
+
+def prepare_forward(problem: Problem, path: ScorePath, device: torch.device) -> Callable[[], Tensor]:
+    """Make the inputs and return the forward call on them."""
+    q, weights, k = problem.tensors(device)
+    return lambda: path.forward(q, weights, k, problem.causal, problem.scale)
+
+
+def _warm(problem: Problem, path: ScorePath, device: torch.device) -> None:
+    """Run the path once at a small shape, so that what a library allocates for good is not counted."""
+    g = problem.geometry.with_(b=1, sq=min(16, problem.geometry.sq), sk=min(16, problem.geometry.sk))
+    small = Problem(g, problem.causal, problem.scale)
+    inputs = small.tensors(device, grad=True)
+    torch.autograd.grad(path.forward(*inputs, small.causal, small.scale), inputs, incoming(small, device))
+
+
+def _judge(row: Row, problem: Problem, path: ScorePath) -> Row:
+    planned, measured = row["planned"], row["measured"]
+    row["ratio"] = measured / planned if planned else None
+    row["verdict"] = PASS if LEAST_SHARE * planned <= measured <= planned else FAIL
+    if path.family == "headfold" and row["phase"] != HELD:
+        g = problem.geometry
+        results = g.scores_bytes + (g.gradients_bytes + g.accumulator_bytes if row["phase"] == TRAINING else 0)
+        workspace = DEFAULT_WORKSPACE if path.workspace is None else path.workspace
+        row["beyond_results"] = measured - results
+        row["bound"] = workspace + SMALL_CHANGE
+        if row["beyond_results"] > row["bound"]:
+            row["verdict"] = FAIL
+        row["note"] = f"{show_bytes(max(0, measured - results))} beyond results"
+    return row
+
+
+def _with_process(row: Row, problem: Problem, path: ScorePath) -> Row:
+    threads = torch.get_num_threads()
+    peak = measure.in_fresh_process(process_row, problem, path.family, path.workspace, row["phase"], threads)
+    row["process"] = peak
+    row["process_bound"] = row["planned"] + PROCESS_SLACK
+    if peak is None:
+        row["note"] = "the process did not survive, or this system does not tell its peak"
+    elif peak > row["process_bound"]:
+        row["verdict"] = FAIL
+    return row
+
+
+def process_row(problem: Problem, family: str, workspace: int | None, phase: str, threads: int) -> int | None:
+    """In a fresh process: make the inputs, warm up, and return the peak of the resident set over the call."""
+    torch.set_num_threads(threads)
+    device = torch.device("cpu")
+    path = {"materialized": materialized, "per-head loop": loop}.get(family, lambda: headfold(workspace))()
+    _warm(problem, path, device)
+    if phase == FORWARD:
+        return measure.process_peak(prepare_forward(problem, path, device))
+    inputs, g = problem.tensors(device, grad=True), incoming(problem, device)
+
+    def train() -> None:
+        torch.autograd.grad(path.forward(*inputs, problem.causal, problem.scale), inputs, g)
+
+    return measure.process_peak(train)

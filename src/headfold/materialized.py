@@ -1,0 +1,89 @@
+"""The upstream-style score path, which builds [sq, b, h, sk]: the only oracle, and the baseline.
+
+Plain differentiable PyTorch in the order of operations of Megatron-Core's `_compute_index_scores`: one einsum over all heads, the
+activation, the head weights, and only then the sum over heads. Run on float64 inputs it is the truth; run on any other dtype
+it sets the error budget and the price that headfold is compared with.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from headfold.contract import compute_dtype
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from headfold.contract import ScoreCall
+
+
+def index_scores(call: ScoreCall) -> Tensor:
+    """Scores [b, sq, sk] of a checked call, through the resident head axis.
+
+    Memory: two [sq, b, h, sk] tensors in the compute dtype at the peak; autograd keeps one of them until backward.
+    """
+    q, weights, k = call.q.transpose(0, 1), call.weights, call.k.transpose(0, 1)
+    dtype = compute_dtype(q.dtype)
+    with torch.autocast(q.device.type, enabled=False):
+        scores = torch.einsum("sbhd,tbd->sbht", q.to(dtype), k.to(dtype))
+        if call.relu:
+            scores = torch.relu(scores)
+        if weights is not None:
+            scores = scores * weights.transpose(0, 1).to(dtype).unsqueeze(-1)
+        scores = scores.sum(dim=2).transpose(0, 1)
+        if call.scale != 1.0:
+            scores = scores * call.scale
+        if call.bias is not None:
+            scores = scores + call.bias.to(dtype)
+        hidden = invisible(call)
+        return scores if hidden is None else scores.masked_fill(hidden, float("-inf"))
+
+
+def invisible(call: ScoreCall) -> Tensor | None:
+    """Boolean [1 or b, sq, sk], true where the row may not see the key; None when every key is visible."""
+    sq, sk = call.q.shape[1], call.k.shape[1]
+    rows = torch.arange(sq, device=call.q.device)
+    keys = torch.arange(sk, device=call.q.device)
+    hidden: list[Tensor] = []
+    if call.start is not None:
+        hidden.append(keys < call.start.unsqueeze(-1))
+    if call.end is not None:
+        hidden.append(keys >= call.end.unsqueeze(-1))
+    if call.offset is not None:
+        limit = torch.div(rows + (1 + call.offset), call.ratio, rounding_mode="floor")
+        hidden.append((keys >= limit.unsqueeze(-1)).unsqueeze(0))
+    if call.bias is not None:
+        hidden.append(call.bias == float("-inf"))
+    if not hidden:
+        return None
+    return torch.stack(torch.broadcast_tensors(*hidden)).any(dim=0) if len(hidden) > 1 else hidden[0]
+
+
+def reordered(call: ScoreCall, generator: torch.Generator) -> Tensor:
+    """Scores of the same call with every sum, forward and backward, taken in a shuffled order.
+
+    Without an activation the sum over heads comes first, which is only another order too. What this differs by from
+    `index_scores` is rounding of the materialised path alone, so it tells how large that path's error is where float64
+    has no wider truth to compare with, and where one order was lucky in a short row.
+    """
+    (_, sq, h, d), sk = call.q.shape, call.k.shape[1]
+    dtype = compute_dtype(call.q.dtype)
+
+    def shuffled(n: int) -> Tensor:
+        return torch.randperm(n, generator=generator, device=call.q.device)
+
+    rows, keys, heads, width = shuffled(sq), shuffled(sk), shuffled(h), shuffled(d)
+    q, k = call.q[:, rows][:, :, heads][..., width], call.k[:, keys][..., width]
+    weights = None if call.weights is None else call.weights[:, rows][..., heads]
+    if not call.relu:
+        q = q.to(dtype) if weights is None else q.to(dtype) * weights.to(dtype).unsqueeze(-1)
+        q, k, weights = q.sum(dim=2, keepdim=True), k.to(dtype), None
+    hidden, bias = invisible(call), call.bias
+    if hidden is not None:
+        bias = torch.zeros_like(hidden, dtype=dtype) if bias is None else bias
+        bias = bias.masked_fill(hidden, float("-inf"))[:, rows][:, :, keys]
+    unbounded = {"start": None, "end": None, "offset": None}
+    scores = index_scores(call._replace(q=q, weights=weights, k=k, bias=bias, **unbounded))
+    return scores[:, rows.argsort()][:, :, keys.argsort()]

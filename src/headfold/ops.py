@@ -1,0 +1,121 @@
+"""torch.library registration: schema, fake, autograd, FLOP formula and the refusal of double backward.
+
+Ops take batch-first views and plain values, so that records stay out of schemas. The bodies that ship are the undecorated
+functions of the backend; nothing is computed here.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+from headfold.backends import eager
+from headfold.contract import compute_dtype
+from headfold.geometry import score_flops
+
+ONCE = (
+    "headfold: index_scores can be differentiated once. For second derivatives use impl=\"materialized\", which is plain "
+    "PyTorch and keeps the head axis."
+)
+
+
+@torch.library.custom_op("headfold::index_scores", mutates_args=())
+def index_scores(
+    q: Tensor,
+    weights: Tensor | None,
+    k: Tensor,
+    start: Tensor | None,
+    end: Tensor | None,
+    bias: Tensor | None,
+    offset: int | None,
+    ratio: int,
+    relu: bool,
+    scale: float,
+) -> Tensor:
+    """Run the forward walk."""
+    return eager.index_scores(q, weights, k, start, end, bias, offset, ratio, relu, scale)
+
+
+@index_scores.register_fake
+def _(q: Tensor, weights: Tensor | None, k: Tensor, *_: Any) -> Tensor:
+    return q.new_empty(q.shape[0], q.shape[1], k.shape[1], dtype=compute_dtype(q.dtype))
+
+
+@torch.library.custom_op("headfold::index_scores_backward", mutates_args=())
+def index_scores_backward(
+    g: Tensor,
+    q: Tensor,
+    weights: Tensor | None,
+    k: Tensor,
+    start: Tensor | None,
+    end: Tensor | None,
+    bias: Tensor | None,
+    offset: int | None,
+    ratio: int,
+    relu: bool,
+    scale: float,
+    need_q: bool,
+    need_weights: bool,
+    need_k: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Run the backward walk; a gradient that is not needed is an empty tensor, since a schema has no optional results."""
+    needs = (need_q, need_weights, need_k)
+    grads = eager.index_scores_backward(
+        g, q, weights, k, start, end, bias, offset, ratio, relu, scale, needs
+    )
+    dq, dweights, dk = (q.new_empty(0) if grad is None else grad for grad in grads)
+    return dq, dweights, dk
+
+
+@index_scores_backward.register_fake
+def _(
+    g: Tensor, q: Tensor, weights: Tensor | None, k: Tensor, *rest: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    dq, dweights, dk = (
+        torch.empty_like(x) if need and x is not None else q.new_empty(0)
+        for x, need in zip((q, weights, k), rest[-3:], strict=True)
+    )
+    return dq, dweights, dk
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    ctx.save_for_backward(*inputs[:6])
+    ctx.rest = inputs[6:]
+
+
+def _backward(ctx: Any, g: Tensor) -> tuple[Any, ...]:
+    q, weights, k, *ranges = ctx.saved_tensors
+    needs = ctx.needs_input_grad[:3]
+    grads = index_scores_backward(g, q, weights, k, *ranges, *ctx.rest, *needs)
+    return (*(grad if need else None for grad, need in zip(grads, needs, strict=True)), *[None] * 7)
+
+
+def _refuse(ctx: Any, *grads: Any) -> NoReturn:
+    raise RuntimeError(ONCE)
+
+
+def _nothing(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    """Save nothing: the backward that would need it refuses."""
+
+
+index_scores.register_autograd(_backward, setup_context=_save)
+index_scores_backward.register_autograd(_refuse, setup_context=_nothing)
+
+
+@register_flop_formula(torch.ops.headfold.index_scores)  # type: ignore[untyped-decorator]
+def _forward_flops(q: Any, weights: Any, k: Any, *rest: Any, out_shape: Any = None, **_: Any) -> int:
+    b, sq, h, d = q
+    offset, ratio, relu = rest[3:6]
+    return score_flops(b, sq, k[1], h, d, products=1, relu=relu, offset=offset, ratio=ratio)
+
+
+@register_flop_formula(torch.ops.headfold.index_scores_backward)  # type: ignore[untyped-decorator]
+def _backward_flops(g: Any, q: Any, weights: Any, k: Any, *rest: Any, out_shape: Any = None, **_: Any) -> int:
+    b, sq, h, d = q
+    offset, ratio, relu = rest[3:6]
+    need_q, need_weights, need_k = rest[-3:]
+    products = int(relu) + int(need_q or need_weights) + int(need_k)
+    return score_flops(b, sq, k[1], h, d, products=products, relu=relu, offset=offset, ratio=ratio)

@@ -1,0 +1,79 @@
+"""How a call is cut: the fixed grid of tiles, and the bytes of scratch that one tile needs. Plain integers, no torch.
+
+The walk and the planner both read their numbers here, so a planned byte is an allocated byte.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+MIB = 1 << 20
+DEFAULT_WORKSPACE = 64 * MIB
+
+# A tile of logits this large stays in a core's share of L3 while it is made, rectified and folded. Measured on two cores of a
+# 32 MiB L3 at h=32, d=128 (docs/design.md, "Tile size"): 2 MiB pays call overhead, 16 MiB falls out of cache.
+_LOGITS_BYTES = 8 * MIB
+# Rows of the left operand (query rows x heads) at which the matrix product reaches its rate.
+_PRODUCT_ROWS = 2048
+# Staged keys of one tile, so that a decode step (one row, many keys) does not copy the whole key cache at once.
+_KEYS_BYTES = 4 * MIB
+
+
+@dataclass(frozen=True)
+class Tile:
+    """One step of the walk: `rows` query rows against `keys` keys, all `h` heads of width `d`.
+
+    `size` is the itemsize of the compute dtype, 4 or 8 bytes. The grid starts at row 0 and key 0 and depends on the
+    shape alone, never on the workspace: that is why results are bitwise equal across workspaces.
+    """
+
+    rows: int
+    keys: int
+    h: int
+    d: int
+    size: int
+    relu: bool = True
+
+    @classmethod
+    def of(cls, sq: int, sk: int, h: int, d: int, size: int, *, relu: bool = True) -> Tile:
+        """Return the tile for a call of this shape."""
+        rows = max(1, min(sq, _PRODUCT_ROWS // h))
+        fit = _LOGITS_BYTES // (rows * h * size)
+        cap = max(1024, _KEYS_BYTES // (d * size))
+        keys = max(64, min(fit, cap) // 64 * 64)
+        return cls(rows, max(1, min(sk, keys)), h, d, size, relu)
+
+    @property
+    def logits_bytes(self) -> int:
+        """Bytes of the [rows, h, keys] logits; without an activation, of the [rows, d] queries folded over heads instead."""
+        return self.rows * (self.h * self.keys if self.relu else self.d) * self.size
+
+    @property
+    def query_bytes(self) -> int:
+        """Bytes of one [rows, h, d] buffer."""
+        return self.rows * self.h * self.d * self.size
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of one [rows, h] buffer."""
+        return self.rows * self.h * self.size
+
+    @property
+    def forward_bytes(self) -> int:
+        """Scratch of the forward walk: logits, staged q, weights and k, folded scores, and what masks them."""
+        staged_key = self.keys * self.d * self.size
+        scores_and_masks = self.rows * self.keys * (self.size + 2)
+        positions = 4 * (self.keys + 3 * self.rows)
+        return self.logits_bytes + self.query_bytes + self.weight_bytes + staged_key + scores_and_masks + positions
+
+    @property
+    def backward_bytes(self) -> int:
+        """Scratch of the backward walk: the forward's, two more query buffers (u, weights * q) and dweights."""
+        return self.forward_bytes + 2 * self.query_bytes + self.weight_bytes
+
+
+def blocks(stop: int, step: int, start: int = 0) -> Iterator[tuple[int, int]]:
+    """Yield (first, end) of each block of `step` from `start` up to `stop`; the last may be short."""
+    for first in range(start, stop, step):
+        yield first, min(first + step, stop)
