@@ -30,7 +30,7 @@ from headfold.lanes.speed import sweep as run_sweep
 from headfold.presets import SHAPES, find_preset, parse_shape
 
 app = typer.Typer(
-    help="The lightning indexer of DeepSeek Sparse Attention without the resident head axis: plan it, run it, prove it.",
+    help="DeepSeek Sparse Attention's lightning indexer without the resident head axis: plan it, run it, prove it.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -118,9 +118,15 @@ def speed(
     causal: Causal = False,
     workspace: Workspace = None,
     rounds: Rounds = 5,
-    peers: Annotated[bool, typer.Option("--peers", help="Also time installed megatron-core, attention-gym, transformers.")] = False,
-    sweep: Annotated[bool, typer.Option("--sweep", help="Show where headfold starts to pay, over shapes and dtypes.")] = False,
-    targets: Annotated[bool, typer.Option("--targets", help="Judge the project's speed targets (two CPU cores, float32, prod).")] = False,
+    peers: Annotated[
+        bool, typer.Option("--peers", help="Also time installed megatron-core, attention-gym, transformers.")
+    ] = False,
+    sweep: Annotated[
+        bool, typer.Option("--sweep", help="Show where headfold starts to pay, over shapes and dtypes.")
+    ] = False,
+    targets: Annotated[
+        bool, typer.Option("--targets", help="Judge the project's speed targets (two CPU cores, float32, prod).")
+    ] = False,
     device: Device = "cpu",
     threads: Threads = None,
     as_json: Json = False,
@@ -144,7 +150,9 @@ def prove(
     batch: Batch = 1,
     dtype: Dtype = None,
     causal: Causal = False,
-    full: Annotated[bool, typer.Option("--full", help="Add the residency of the seed's full shape (minutes, 6 GiB).")] = False,
+    full: Annotated[
+        bool, typer.Option("--full", help="Add the residency of the seed's full shape (minutes, 6 GiB).")
+    ] = False,
     folder: Annotated[Path, typer.Option("--report", help="Where the report goes.")] = Path("report"),
     rounds: Rounds = 3,
     device: Device = "cpu",
@@ -183,7 +191,9 @@ def _problem(
     if inputs is None:
         return Problem(_geometry(preset, shape, tokens, batch, dtype), causal)
     if preset is not None or shape is not None or dtype is not None:
-        raise ValueError("--inputs: excludes --preset, --shape and --dtype, since the file holds its own, got one of them too.")
+        raise ValueError(
+            "--inputs: excludes --preset, --shape and --dtype, since the file holds its own, got one of them too."
+        )
     return from_file(inputs)
 
 

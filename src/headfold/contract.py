@@ -23,7 +23,7 @@ class UnsupportedError(RuntimeError):
 
 
 class ScoreCall(NamedTuple):
-    """A checked call, batch-first: q [b, sq, h, d], weights [b, sq, h] or None, k [b, sk, d], bounds [1 or b, sq] or None."""
+    """A checked call, batch-first: q [b, sq, h, d], weights [b, sq, h], k [b, sk, d], start and end [1 or b, sq]."""
 
     q: Tensor
     weights: Tensor | None
@@ -79,11 +79,13 @@ def score_call(
             )
         same_device(op, weights=weights, q=q)
     if layout == "thd" and keys is None:
-        raise ValueError(f'{op}: layout "thd" needs keys=KeyRange.packed(...) to tell its sequences apart, got keys=None.')
+        raise ValueError(
+            f'{op}: layout "thd" needs keys=KeyRange.packed(...) to tell its sequences apart, got keys=None.'
+        )
 
     q, k = batch_first(q, layout), batch_first(k, layout)
     weights = None if weights is None else batch_first(weights, layout)
-    (b, sq, h, d), sk = q.shape, k.shape[1]
+    (b, _, h, d), sk = q.shape, k.shape[1]
     if k.shape[0] != b:
         raise ValueError(f"{op}: k must have q's batch size b = {b}, got {k.shape[0]}.")
     if k.shape[2] != d:

@@ -1,8 +1,8 @@
 """IndexerGeometry: every byte and FLOP formula of the indexer, as plain integers. No torch.
 
-One byte formula serves the planner, the lanes, the tests and the docs. A peak counts what a call allocates beyond its inputs (and
-beyond the incoming gradient), its results included. Formulas of the paths that are not ours were read off their operations and are
-held to allocator measurements by tests/test_plan.py.
+One byte formula serves the planner, the lanes, the tests and the docs. A peak counts what a call allocates beyond its
+inputs (and beyond the incoming gradient), its results included. Formulas of the paths that are not ours were read off
+their operations; tests/test_plan.py holds them to allocator measurements.
 """
 
 from __future__ import annotations
@@ -152,8 +152,9 @@ class IndexerGeometry:
     def _materialized(self) -> Bill:
         """Bytes of einsum, relu, times weights, sum over heads. Each step holds its argument and its result.
 
-        The einsum's own operands are copies where q is cast or, for b > 1, brought batch-first; autograd saves those, the
-        rectified intermediate and, when cast, the weights. Backward of the weighting makes two intermediates and dweights.
+        The einsum's own operands are copies where q is cast or, for b > 1, brought batch-first; autograd saves those,
+        the rectified intermediate and, when cast, the weights. Backward of the weighting makes two intermediates and
+        dweights.
         """
         i, scores, size = self.intermediate_bytes, self.scores_bytes, self.compute_itemsize
         q, k, weights = (size * n for n in (self.q_elements, self.k_elements, self.weights_elements))
@@ -197,7 +198,7 @@ class IndexerGeometry:
 
 
 def visible_pairs(sq: int, sk: int, offset: int | None = None, ratio: int = 1) -> int:
-    """Count the (row, key) pairs that the static bound of a KeyRange lets through: Σ_s clamp((s + 1 + offset) // ratio, 0, sk)."""
+    """Count the (row, key) pairs within the static bound of a KeyRange: Σ_s clamp((s + 1 + offset) // ratio, 0, sk)."""
     if offset is None:
         return sq * sk
     first = max(0, min(sq, ratio - 1 - offset))

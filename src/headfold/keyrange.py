@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -57,7 +58,7 @@ class KeyRange:
         if offset is None:
             if ratio != 1:
                 raise ValueError(
-                    f"KeyRange.causal: offset must be given when ratio is not 1 (got ratio {ratio}): it is the absolute "
+                    f"KeyRange.causal: offset must be given when ratio is not 1, got ratio {ratio}. It is the absolute "
                     "position of query row 0, so 0 for a prefill from the start."
                 )
             offset = sk - sq
@@ -77,13 +78,11 @@ class KeyRange:
         return cls(end=end.clamp(min=0).to(torch.int32))
 
     @classmethod
-    def packed(
-        cls, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, *, total_q: int, causal: bool = True
-    ) -> KeyRange:
-        """Sequences packed on one axis: a row sees the keys of its own sequence, causally (bottom-right) or all of them.
+    def packed(cls, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, *, total_q: int, causal: bool = True) -> KeyRange:
+        """Sequences packed on one axis: a row sees its own sequence's keys, causally (bottom-right) or all of them.
 
-        Rows past cu_seqlens_q[-1] (padding) see nothing. Nothing is read on the host, so whole tiles are not skipped; where
-        both sides share their lengths, `KeyRange.packed(...) & KeyRange.causal(total, total)` halves the work.
+        Rows past cu_seqlens_q[-1] (padding) see nothing. Nothing is read on the host, so whole tiles are not skipped;
+        where both sides share their lengths, `KeyRange.packed(...) & KeyRange.causal(total, total)` halves the work.
 
         Args:
             cu_seqlens_q: integer [n + 1], cumulative query lengths from 0.
@@ -137,21 +136,23 @@ class KeyRange:
         rows = start if start is not None else end
         if rows is None:
             raise ValueError(
-                f"KeyRange: two static bounds of different ratio ({self.ratio} and {other.ratio}) do not fit one record; "
-                "give one of them as positions with KeyRange.at_positions."
+                f"KeyRange: two static bounds of different ratio, {self.ratio} and {other.ratio}, do not fit one "
+                "record; give one of them as positions with KeyRange.at_positions."
             )
         position = torch.arange(rows.shape[-1], device=rows.device, dtype=torch.int32)
         bound = torch.div(position + (1 + other.offset), other.ratio, rounding_mode="floor").clamp(min=0)
         return KeyRange(start, _merge(end, bound, torch.minimum), self.offset, self.ratio)
 
 
-def _merge(a: Tensor | None, b: Tensor | None, combine: torch._ops.OpOverload | object) -> Tensor | None:
+def _merge(a: Tensor | None, b: Tensor | None, combine: Callable[[Tensor, Tensor], Tensor]) -> Tensor | None:
     if a is None or b is None:
         return b if a is None else a
-    return combine(a, b)  # type: ignore[operator]
+    return combine(a, b)
 
 
 def _static_int(name: str, value: object, *, optional: bool = False) -> None:
     if (value is None and optional) or (isinstance(value, (int, torch.SymInt)) and not isinstance(value, bool)):
         return
-    raise TypeError(f"KeyRange: {name} must be a Python int{' or None' if optional else ''}, got {type(value).__name__}.")
+    raise TypeError(
+        f"KeyRange: {name} must be a Python int{' or None' if optional else ''}, got {type(value).__name__}."
+    )

@@ -1,12 +1,13 @@
 """The upstream-style score path, which builds [sq, b, h, sk]: the only oracle, and the baseline.
 
-Plain differentiable PyTorch in the order of operations of Megatron-Core's `_compute_index_scores`: one einsum over all heads, the
-activation, the head weights, and only then the sum over heads. Run on float64 inputs it is the truth; run on any other dtype
-it sets the error budget and the price that headfold is compared with.
+Plain differentiable PyTorch in the order of operations of Megatron-Core's `_compute_index_scores`: one einsum over all
+heads, the activation, the head weights, and only then the sum over heads. Run on float64 inputs it is the truth; run on
+any other dtype it sets the error budget and the price that headfold is compared with.
 """
 
 from __future__ import annotations
 
+import functools
 from typing import TYPE_CHECKING
 
 import torch
@@ -58,7 +59,7 @@ def invisible(call: ScoreCall) -> Tensor | None:
         hidden.append(call.bias == float("-inf"))
     if not hidden:
         return None
-    return torch.stack(torch.broadcast_tensors(*hidden)).any(dim=0) if len(hidden) > 1 else hidden[0]
+    return functools.reduce(torch.logical_or, hidden)
 
 
 def reordered(call: ScoreCall, generator: torch.Generator) -> Tensor:
@@ -84,6 +85,6 @@ def reordered(call: ScoreCall, generator: torch.Generator) -> Tensor:
     if hidden is not None:
         bias = torch.zeros_like(hidden, dtype=dtype) if bias is None else bias
         bias = bias.masked_fill(hidden, float("-inf"))[:, rows][:, :, keys]
-    unbounded = {"start": None, "end": None, "offset": None}
-    scores = index_scores(call._replace(q=q, weights=weights, k=k, bias=bias, **unbounded))
+    shuffled_call = call._replace(q=q, weights=weights, k=k, bias=bias, start=None, end=None, offset=None)
+    scores = index_scores(shuffled_call)
     return scores[:, rows.argsort()][:, :, keys.argsort()]

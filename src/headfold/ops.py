@@ -1,7 +1,7 @@
 """torch.library registration: schema, fake, autograd, FLOP formula and the refusal of double backward.
 
-Ops take batch-first views and plain values, so that records stay out of schemas. The bodies that ship are the undecorated
-functions of the backend; nothing is computed here.
+Ops take batch-first views and plain values, so that records stay out of schemas. The bodies that ship are the
+undecorated functions of the backend; nothing is computed here.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from headfold.contract import compute_dtype
 from headfold.geometry import score_flops
 
 ONCE = (
-    "headfold: index_scores can be differentiated once. For second derivatives use impl=\"materialized\", which is plain "
+    'headfold: index_scores can be differentiated once. For second derivatives use impl="materialized", which is plain '
     "PyTorch and keeps the head axis."
 )
 
@@ -61,19 +61,15 @@ def index_scores_backward(
     need_weights: bool,
     need_k: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Run the backward walk; a gradient that is not needed is an empty tensor, since a schema has no optional results."""
+    """Run the backward walk; a gradient not needed is an empty tensor, since a schema has no optional results."""
     needs = (need_q, need_weights, need_k)
-    grads = eager.index_scores_backward(
-        g, q, weights, k, start, end, bias, offset, ratio, relu, scale, needs
-    )
+    grads = eager.index_scores_backward(g, q, weights, k, start, end, bias, offset, ratio, relu, scale, needs)
     dq, dweights, dk = (q.new_empty(0) if grad is None else grad for grad in grads)
     return dq, dweights, dk
 
 
 @index_scores_backward.register_fake
-def _(
-    g: Tensor, q: Tensor, weights: Tensor | None, k: Tensor, *rest: Any
-) -> tuple[Tensor, Tensor, Tensor]:
+def _(g: Tensor, q: Tensor, weights: Tensor | None, k: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
     dq, dweights, dk = (
         torch.empty_like(x) if need and x is not None else q.new_empty(0)
         for x, need in zip((q, weights, k), rest[-3:], strict=True)
@@ -105,14 +101,14 @@ index_scores.register_autograd(_backward, setup_context=_save)
 index_scores_backward.register_autograd(_refuse, setup_context=_nothing)
 
 
-@register_flop_formula(torch.ops.headfold.index_scores)  # type: ignore[untyped-decorator]
+@register_flop_formula(torch.ops.headfold.index_scores)
 def _forward_flops(q: Any, weights: Any, k: Any, *rest: Any, out_shape: Any = None, **_: Any) -> int:
     b, sq, h, d = q
     offset, ratio, relu = rest[3:6]
     return score_flops(b, sq, k[1], h, d, products=1, relu=relu, offset=offset, ratio=ratio)
 
 
-@register_flop_formula(torch.ops.headfold.index_scores_backward)  # type: ignore[untyped-decorator]
+@register_flop_formula(torch.ops.headfold.index_scores_backward)
 def _backward_flops(g: Any, q: Any, weights: Any, k: Any, *rest: Any, out_shape: Any = None, **_: Any) -> int:
     b, sq, h, d = q
     offset, ratio, relu = rest[3:6]

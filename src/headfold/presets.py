@@ -101,7 +101,9 @@ def parse_shape(text: str) -> IndexerGeometry:
         found[key] = value
     missing = [key for key in ("sq", "h", "d") if key not in found]
     if missing:
-        raise ValueError(f'--shape: needs at least sq, h and d, as in "{_EXAMPLE}", got {text!r}, without {", ".join(missing)}.')
+        raise ValueError(
+            f'--shape: needs at least sq, h and d, as in "{_EXAMPLE}", got {text!r}, without {", ".join(missing)}.'
+        )
     dtype = found.pop("dtype", "float32")
     sizes = {key: _size(key, value) for key, value in found.items()}
     sizes = {"b": 1, "sk": sizes["sq"], **sizes}

@@ -39,19 +39,21 @@ def index_scores(
         bias: [b or 1, sq, sk], added to the scores; -inf makes a key invisible. Never differentiated.
         activation: "relu", or None for a plain weighted sum, whose heads fold before the product (h times cheaper).
         scale: factor on every score.
-        layout: "sbhd"; "bshd" (q [b, sq, h, d], k [b, sk, d]); or "thd", packed (q [tq, h, d], k [tk, d], needs `keys`).
-        impl: "eager" (PyTorch tiles), "materialized" (the upstream-style path through [sq, b, h, sk], an oracle) or "auto".
+        layout: "sbhd"; "bshd" (q [b, sq, h, d], weights [b, sq, h], k [b, sk, d]); or "thd", packed (q [tq, h, d],
+            weights [tq, h], k [tk, d]; needs `keys`).
+        impl: "eager" (PyTorch tiles), "materialized" (the upstream-style path through [sq, b, h, sk], an oracle) or
+            "auto", which is never the materialised path.
         workspace: bytes of scratch, 64 MiB when None. The result does not depend on it, not even in its last bit.
 
     Returns:
         [b, sq, sk] float32, or float64 for float64 inputs; -inf at keys that a row may not see.
 
-    Memory: 4 · b · sq · sk bytes of output (8 for float64) and at most `workspace` more. Backward allocates the gradients asked
-    for, for half-precision inputs one float32 [sk, d] accumulator, and at most `workspace` more. Nothing head-shaped is
-    held between forward and backward: only the inputs.
+    Memory: 4 · b · sq · sk bytes of output (8 for float64) and at most `workspace` more. Backward allocates the
+    gradients asked for, for half-precision inputs one float32 [sk, d] accumulator, and at most `workspace` more.
+    Nothing head-shaped is held between forward and backward: only the inputs.
 
-    Raises: ValueError or TypeError for a broken contract, before anything is allocated, naming the argument, what it needs and
-    what it got; RuntimeError when differentiated twice.
+    Raises: ValueError or TypeError for a broken contract, before anything is allocated, naming the argument, what it
+    needs and what it got; RuntimeError when differentiated twice.
 
     Source: DeepSeek-V3.2 (arXiv:2512.02556), equation 1.
     """
@@ -73,7 +75,7 @@ def index_scores(
     tile = eager.tile_of(call.q, call.k, call.relu)
     needed = tile.backward_bytes if wants_grad(call.q, call.weights, call.k) else tile.forward_bytes
     enough_workspace("index_scores", needed, call.workspace)
-    return ops.index_scores(
+    scores: Tensor = ops.index_scores(
         call.q,
         call.weights,
         call.k,
@@ -85,3 +87,4 @@ def index_scores(
         call.relu,
         call.scale,
     )
+    return scores

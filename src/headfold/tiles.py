@@ -11,9 +11,10 @@ from dataclasses import dataclass
 MIB = 1 << 20
 DEFAULT_WORKSPACE = 64 * MIB
 
-# A tile of logits this large stays in a core's share of L3 while it is made, rectified and folded. Measured on two cores of a
-# 32 MiB L3 at h=32, d=128 (docs/design.md, "Tile size"): 2 MiB pays call overhead, 16 MiB falls out of cache.
-_LOGITS_BYTES = 8 * MIB
+# A tile of logits this large stays in L3 while it is made, rectified and folded. Measured on two cores that share 32
+# MiB at h=32, d=128 (docs/design.md, "Tile size"): 4 to 6 MiB is fastest, 8 MiB and more falls out of cache, 2 MiB pays
+# call overhead.
+_LOGITS_BYTES = 6 * MIB
 # Rows of the left operand (query rows x heads) at which the matrix product reaches its rate.
 _PRODUCT_ROWS = 2048
 # Staged keys of one tile, so that a decode step (one row, many keys) does not copy the whole key cache at once.
@@ -40,13 +41,13 @@ class Tile:
         """Return the tile for a call of this shape."""
         rows = max(1, min(sq, _PRODUCT_ROWS // h))
         fit = _LOGITS_BYTES // (rows * h * size)
-        cap = max(1024, _KEYS_BYTES // (d * size))
+        cap = max(64, _KEYS_BYTES // (d * size))
         keys = max(64, min(fit, cap) // 64 * 64)
         return cls(rows, max(1, min(sk, keys)), h, d, size, relu)
 
     @property
     def logits_bytes(self) -> int:
-        """Bytes of the [rows, h, keys] logits; without an activation, of the [rows, d] queries folded over heads instead."""
+        """Bytes of the [rows, h, keys] logits; without an activation, of the [rows, d] queries folded over heads."""
         return self.rows * (self.h * self.keys if self.relu else self.d) * self.size
 
     @property

@@ -1,7 +1,8 @@
 """PyTorch tiles, on any device: fold the heads while a tile of logits is hot.
 
-A walk visits the fixed grid of `headfold.tiles`: blocks of query rows, and for each the blocks of keys it may see. Scratch is allocated
-once per walk, and is all in `Tile.forward_bytes` and `Tile.backward_bytes`. No function here reads tensor data on the host.
+A walk visits the fixed grid of `headfold.tiles`: blocks of query rows, and for each the blocks of keys it may see.
+Scratch is allocated once per walk, and is all in `Tile.forward_bytes` and `Tile.backward_bytes`. No function here reads
+tensor data on the host.
 """
 
 from __future__ import annotations
@@ -114,14 +115,14 @@ def head(buffer: Tensor, *shape: int) -> Tensor:
 
 
 def stage(x: Tensor, buffer: Tensor) -> Tensor:
-    """Return the matrix x as a product can read it, in the buffer's dtype with dense rows: itself, or a copy in the buffer."""
+    """Return the matrix x in the buffer's dtype with dense rows, as products read it: itself, or a copy there."""
     if x.dtype == buffer.dtype and x.stride(1) == 1 and x.stride(0) >= x.shape[1]:
         return x
     return head(buffer, *x.shape).copy_(x)
 
 
 class ForwardWalk:
-    """Fills slabs of scores. `q` [sq, h, d], `weights` [sq, h] or None and `k` [sk, d] are one batch element, as views."""
+    """Fills slabs of scores. q [sq, h, d], weights [sq, h] or None and k [sk, d] are views of one batch element."""
 
     def __init__(self, tile: Tile, like: Tensor, scale: float) -> None:
         self.scratch, self.tile = _Scratch(tile, like, scale), tile
@@ -156,10 +157,11 @@ class ForwardWalk:
 
 
 class BackwardWalk:
-    """Turns dscores into gradients. With a = g·[logit > 0] and u = Σ_t a·k, dq = weights·u and dweights = q·u: three products.
+    """Turns dscores into gradients in three products (logits, u, dk).
 
-    Without an activation a is g itself, one row for all heads. Only the gradients asked for are made: without dq and
-    dweights there is no u, without dk no aᵀ·q.
+    With a = g·[logit > 0] and u = Σ_t a·k: dq = weights·u, dweights = q·u and dk = Σ_{s,h} aᵀ·(weights·q). Without an
+    activation a is g itself, one row for all heads. Only the gradients asked for are made: without dq and dweights
+    there is no u, without dk no aᵀ·q.
     """
 
     def __init__(self, tile: Tile, like: Tensor, scale: float) -> None:
@@ -266,7 +268,9 @@ def index_scores_backward(
     sq, sk = q.shape[1], k.shape[1]
     with torch.autocast(q.device.type, enabled=False):
         walk = BackwardWalk(tile, q, scale)
-        total = None if dk is None or dk.dtype == walk.scratch.dtype else torch.empty_like(k[0], dtype=walk.scratch.dtype)
+        total = (
+            None if dk is None or dk.dtype == walk.scratch.dtype else torch.empty_like(k[0], dtype=walk.scratch.dtype)
+        )
         for i in range(q.shape[0]):
             visible = Visible(sk, _row(start, i), _row(end, i), offset, ratio, _row(bias, i))
             sums = _row(dk, i) if total is None else total.zero_()

@@ -1,8 +1,10 @@
 """The error budget: the one tolerance rule, shared by lanes and tests.
 
-error(ours, truth) <= 2 · (error(materialised path in the same dtype, truth) + eps · max|truth|), row by row. The materialised
-path's error is the largest over eight orders of its sums: a single order is often lucky in a short row, and in float64 the truth is itself
-one of them. (Held to one order alone, the materialised path with its sums reversed breaks its own budget.)
+error(ours, truth) <= 2 · (error(materialised path in the same dtype, truth) + eps · max|truth|), row by row.
+
+The materialised path's error is the largest over eight orders of its sums: a single order is often lucky in a short
+row, and in float64 the truth is itself one of them. Held to one order alone, the materialised path with its sums
+shuffled breaks its own budget (a test shows it).
 """
 
 from __future__ import annotations
@@ -57,7 +59,9 @@ def spend(got: Tensor, truth: Tensor, bases: Sequence[Tensor], axes: int = 1) ->
     """Compare a result with the float64 truth, beside the materialised path's own error in the same dtype.
 
     Args:
-        got: ours.   truth: float64.   bases: the materialised path's results, in got's dtype.
+        got: ours.
+        truth: float64.
+        bases: the materialised path's results, in got's dtype.
         axes: how many trailing axes make up a row.
     """
     eps = torch.finfo(got.dtype).eps
@@ -86,14 +90,18 @@ def spend_all(inputs: Inputs, g: Tensor, **call: Any) -> dict[str, Spent]:
     """
     shuffle = torch.Generator(g.device).manual_seed(0)
     oracle = {**call, "impl": "materialized"}
-    truth = _scores_and_grads(partial(index_scores, **_wide(oracle)), [x if x is None else x.double() for x in inputs], g)
+    truth = _scores_and_grads(
+        partial(index_scores, **_wide(oracle)), [x if x is None else x.double() for x in inputs], g
+    )
     orders = [partial(index_scores, **oracle), *[partial(_reordered, call, shuffle)] * (ORDERS - 1)]
     bases = [_scores_and_grads(order, inputs, g) for order in orders]
     got = _scores_and_grads(partial(index_scores, **call), inputs, g)
     return {name: spend(got[name], truth[name], [base[name] for base in bases], ROW_AXES[name]) for name in got}
 
 
-def _reordered(call: dict[str, Any], generator: torch.Generator, q: Tensor, weights: Tensor | None, k: Tensor) -> Tensor:
+def _reordered(
+    call: dict[str, Any], generator: torch.Generator, q: Tensor, weights: Tensor | None, k: Tensor
+) -> Tensor:
     checked = score_call("budget", q, weights, k, **{**DEFAULTS, **{n: x for n, x in call.items() if n in DEFAULTS}})
     return materialized.reordered(checked, generator)
 

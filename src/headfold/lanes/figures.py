@@ -44,7 +44,9 @@ def _axes(title: str, height: float = 4.2) -> tuple[Figure, Any]:
 def bytes_by_length(geometry: IndexerGeometry) -> Figure:
     """Draw planned bytes of a training step against sequence length, with the memory of devices across."""
     g = geometry
-    figure, axes = _axes(f"One layer's indexer, forward + backward: b={g.b}, h={g.heads}, d={g.dim}, {g.dtype} (planned)")
+    figure, axes = _axes(
+        f"One layer's indexer, forward + backward: b={g.b}, h={g.heads}, d={g.dim}, {g.dtype} (planned)"
+    )
     for path in PATHS:
         peaks = [g.with_(sq=n, sk=n).bill(path).training / GIB for n in LENGTHS]
         axes.plot(LENGTHS, peaks, marker="o", markersize=4, color=COLORS[path], label=path)
@@ -74,7 +76,9 @@ def measured_peaks(lane: Lane) -> Figure:
     axes.barh([s - 0.2 for s in spots], measured, 0.38, color=colors, label="measured")
     for spot, row, value in zip(spots, rows, measured, strict=True):
         said = f" {value:.3g} GiB" if "measured" in row else " not run: does not fit here"
-        axes.annotate(said, (max(value, 0 if "measured" in row else row["planned"] / GIB), spot - 0.2), va="center", fontsize=7)
+        axes.annotate(
+            said, (max(value, 0 if "measured" in row else row["planned"] / GIB), spot - 0.2), va="center", fontsize=7
+        )
     axes.set_yticks(spots, names, fontsize=8)
     axes.set_xlabel("GiB")
     axes.legend(frameon=False, loc="lower right")

@@ -63,7 +63,8 @@ def _cpu_peak(run: Callable[[], Any]) -> Peak:
     inner = profiler.profiler
     assert inner is not None
     assert inner.kineto_results is not None
-    events = [(e.start_ns(), e.nbytes()) for e in inner.kineto_results.events() if e.name() == "[memory]"]
+    recorded: list[Any] = inner.kineto_results.events()
+    events = [(e.start_ns(), e.nbytes()) for e in recorded if e.name() == "[memory]"]
     now = peak = 0
     for _, count in sorted(events, key=lambda event: event[0]):
         now += count
@@ -115,7 +116,7 @@ def _status_bytes(status: Path, field: str) -> int:
 
 
 def in_fresh_process(function: Callable[..., Any], *args: Any) -> Any:
-    """Call a module-level function in a new interpreter; None when that process was killed, as by the out-of-memory killer."""
+    """Call a module-level function in a new interpreter; None when that process was killed, as for lack of memory."""
     with ProcessPoolExecutor(max_workers=1, mp_context=get_context("spawn")) as pool:
         try:
             return pool.submit(partial(function, *args)).result()
@@ -124,7 +125,7 @@ def in_fresh_process(function: Callable[..., Any], *args: Any) -> Any:
 
 
 def free_memory(device: torch.device) -> int:
-    """Return the bytes that a row may take on this device: free device memory, or what the machine and its cgroup leave."""
+    """Return the bytes that a row may take: free device memory, or what the machine and its cgroup leave."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     free = psutil.virtual_memory().available

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.gradcheck import GradcheckError, gradcheck
 
 from headfold.keyrange import KeyRange
 from headfold.lanes.budget import spend_all
@@ -38,9 +39,8 @@ def parity(problem: Problem, device: torch.device, *, impl: str = "auto", track:
             lane.rows.extend(_budget(name, dtype, inputs, {**call, "impl": impl}))
     lane.notes = [
         "gradcheck compares analytic with finite-difference gradients of the shipped op at sq=5, sk=7, b=2, h=3, d=4.",
-        "Budget: error against float64 truth at most 2 · (the materialised path's own error in this dtype + eps · max|truth|), row by row, "
-        "that error being the largest over eight orders of its sums; "
-        "a share of 1 would be all of it.",
+        "Budget: error against float64 truth at most 2 · (the materialised path's own error in this dtype + eps · "
+        "max|truth|), row by row, that error being the largest over eight orders of its sums; a share of 1 is all.",
         f"Tensors: {problem.source}; at most {ROWS} rows and keys of them.",
     ]
     return lane
@@ -76,8 +76,8 @@ def _gradcheck(name: str, call: dict[str, Any], device: torch.device, impl: str)
 
     row: Row = {"check": f"gradcheck, {name}", "dtype": "float64", "result": "dq, dweights, dk"}
     try:
-        torch.autograd.gradcheck(visible_scores, inputs)
-    except torch.autograd.gradcheck.GradcheckError as error:
+        gradcheck(visible_scores, inputs)
+    except GradcheckError as error:
         return {**row, "verdict": FAIL, "note": str(error)}
     return {**row, "verdict": PASS}
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -23,6 +23,11 @@ class ScorePath:
     family: str
     forward: Callable[[Tensor, Tensor, Tensor, bool, float], Tensor]
     workspace: int | None = None
+
+    def __call__(self, inputs: Sequence[Tensor], causal: bool, scale: float) -> Tensor:
+        """Score q, weights and k."""
+        q, weights, k = inputs
+        return self.forward(q, weights, k, causal, scale)
 
     def bill(self, geometry: IndexerGeometry) -> Bill:
         """Return the planned bytes."""

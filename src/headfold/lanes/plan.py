@@ -8,7 +8,12 @@ from headfold.tiles import DEFAULT_WORKSPACE
 
 GIB = 1 << 30
 # Device memory that people have, in bytes; docs and figures draw the same lines.
-DEVICES = {"RTX 4090 24 GB": 24 * GIB, "A100 / H100 80 GB": 80 * GIB, "H200 141 GB": 141 * GIB, "MI300X 192 GB": 192 * GIB}
+DEVICES = {
+    "RTX 4090 24 GB": 24 * GIB,
+    "A100 / H100 80 GB": 80 * GIB,
+    "H200 141 GB": 141 * GIB,
+    "MI300X 192 GB": 192 * GIB,
+}
 
 COLUMNS = (
     Column("path", "path"),

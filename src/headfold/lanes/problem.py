@@ -20,7 +20,8 @@ NAMES = ("q", "weights", "k")
 class Problem:
     """Where q, weights and k come from.
 
-    geometry: their shape.   causal, scale: arguments of the call.   path: the capture they are read from; None makes random ones.
+    geometry: their shape.   causal, scale: arguments of the call.   path: the capture they are read from; None makes
+    random ones.
     """
 
     geometry: IndexerGeometry
@@ -104,14 +105,20 @@ def _read(path: Path) -> tuple[list[Tensor], dict[str, str]]:
                 )
             tensors = [file.get_tensor(name) for name in NAMES]
     except SafetensorError as error:
-        raise ValueError(f"--inputs: {path.name} must be a safetensors file, got one that does not parse ({error}).") from error
+        raise ValueError(
+            f"--inputs: {path.name} must be a safetensors file, got one that does not parse ({error})."
+        ) from error
     layout = metadata.get("layout", "sbhd")
     if layout not in LAYOUTS:
-        raise ValueError(f"--inputs: metadata layout of {path.name} must be one of {', '.join(LAYOUTS)}, got {layout!r}.")
+        raise ValueError(
+            f"--inputs: metadata layout of {path.name} must be one of {', '.join(LAYOUTS)}, got {layout!r}."
+        )
     for name, x in zip(NAMES, tensors, strict=True):
         axes = AXES[layout][name]
         if x.dim() != axes.count(",") + 1:
             raise ValueError(f"--inputs: {name} in {path.name} must be {axes}, got shape {list(x.shape)}.")
         if x.dtype not in DTYPES:
-            raise ValueError(f"--inputs: {name} in {path.name} must be a floating dtype of at least 16 bits, got {x.dtype}.")
+            raise ValueError(
+                f"--inputs: {name} in {path.name} must be a floating dtype of at least 16 bits, got {x.dtype}."
+            )
     return [batch_first(x, layout).transpose(0, 1) for x in tensors], metadata

@@ -29,7 +29,8 @@ class Column:
 class Lane:
     """The answer to one question: rows, the notes that go with them, and a verdict.
 
-    Each row may hold "verdict": pass, fail, "not run" (with "note" saying why) or nothing where there is no claim to judge.
+    Each row may hold "verdict": pass, fail, "not run" (with "note" saying why) or nothing where there is no claim to
+    judge.
     """
 
     name: str

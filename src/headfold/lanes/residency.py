@@ -43,7 +43,8 @@ def residency(
     """Measure every path that fits, forward and through backward, and hold it to the plan.
 
     Args:
-        problem: the tensors.   device: where.
+        problem: the tensors.
+        device: where.
         workspace: headfold's; None measures both the default and 16 MiB (or the smallest that works, if larger).
         process: whether to repeat each CPU row in a fresh process and read that process's own peak.
         track: wraps the list of paths, for a progress bar.
@@ -102,7 +103,7 @@ def _training_rows(row: Row, problem: Problem, path: ScorePath, device: torch.de
     _warm(problem, path, device)
     inputs = problem.tensors(device, grad=True)
     g = incoming(problem, device)
-    forward = measure.allocator_peak(lambda: path.forward(*inputs, problem.causal, problem.scale), device)
+    forward = measure.allocator_peak(lambda: path(inputs, problem.causal, problem.scale), device)
     scores = [forward.result]
     kept = forward.left - scores[0].nbytes
     backward = measure.allocator_peak(lambda: torch.autograd.grad(scores[0], inputs, g), device)
@@ -113,8 +114,8 @@ def _training_rows(row: Row, problem: Problem, path: ScorePath, device: torch.de
 
 def prepare_forward(problem: Problem, path: ScorePath, device: torch.device) -> Callable[[], Tensor]:
     """Make the inputs and return the forward call on them."""
-    q, weights, k = problem.tensors(device)
-    return lambda: path.forward(q, weights, k, problem.causal, problem.scale)
+    inputs = problem.tensors(device)
+    return lambda: path(inputs, problem.causal, problem.scale)
 
 
 def _warm(problem: Problem, path: ScorePath, device: torch.device) -> None:
@@ -122,7 +123,7 @@ def _warm(problem: Problem, path: ScorePath, device: torch.device) -> None:
     g = problem.geometry.with_(b=1, sq=min(16, problem.geometry.sq), sk=min(16, problem.geometry.sk))
     small = Problem(g, problem.causal, problem.scale)
     inputs = small.tensors(device, grad=True)
-    torch.autograd.grad(path.forward(*inputs, small.causal, small.scale), inputs, incoming(small, device))
+    torch.autograd.grad(path(inputs, small.causal, small.scale), inputs, incoming(small, device))
 
 
 def _judge(row: Row, problem: Problem, path: ScorePath) -> Row:
@@ -164,6 +165,6 @@ def process_row(problem: Problem, family: str, workspace: int | None, phase: str
     inputs, g = problem.tensors(device, grad=True), incoming(problem, device)
 
     def train() -> None:
-        torch.autograd.grad(path.forward(*inputs, problem.causal, problem.scale), inputs, g)
+        torch.autograd.grad(path(inputs, problem.causal, problem.scale), inputs, g)
 
     return measure.process_peak(train)

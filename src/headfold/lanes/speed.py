@@ -87,8 +87,9 @@ def speed(
     if targets:
         _judge(lane.rows)
     lane.notes += [
-        f"{rounds} interleaved rounds on {torch.get_num_threads()} threads; the {measure.RATE_SIZE}³ {g.dtype} matrix product ran at "
-        f"{statistics.median(rates) / 1e9:.0f} GFLOP/s (median; {min(rates) / 1e9:.0f} to {max(rates) / 1e9:.0f}).",
+        f"{rounds} interleaved rounds on {torch.get_num_threads()} threads; the {measure.RATE_SIZE}³ {g.dtype} matrix "
+        f"product ran at {statistics.median(rates) / 1e9:.0f} GFLOP/s (median; {min(rates) / 1e9:.0f} to "
+        f"{max(rates) / 1e9:.0f}).",
         "Shares credit a forward with one product and a backward with three, whatever the path really computes.",
     ]
     if not targets:
@@ -112,8 +113,7 @@ def _runner(problem: Problem, path: ScorePath, device: torch.device, *, extra: b
     g = incoming(problem, device)
 
     def call(tensors: Sequence[Tensor], causal: bool) -> Tensor:
-        q, weights, k = tensors
-        return path.forward(q, weights, k, causal, problem.scale)
+        return path(tensors, causal, problem.scale)
 
     def run() -> dict[str, float]:
         taken = {FORWARD: measure.seconds(lambda: call(inputs, problem.causal), device)}
@@ -137,7 +137,7 @@ def _peer_runners(
 
     inputs = problem.tensors(device)
     peers = installed_peers(device, topk=min(problem.geometry.topk, problem.geometry.sk) or None)
-    runners = {}
+    runners: dict[str, Callable[[], dict[str, float]]] = {}
     for peer in peers.found:
         prepared = peer.prepare(*inputs)
 
@@ -196,7 +196,7 @@ def _judge(rows: list[Row]) -> None:
 
 
 def sweep(device: torch.device, *, rounds: int = 3, track: Track[Any] = no_track) -> Lane:
-    """Show where headfold starts to pay: by sequence length, heads and dtype, forward and backward against the materialised path."""
+    """Show where headfold starts to pay, forward and backward: by sequence length, heads and dtype."""
     lane = Lane("speed sweep", "Where does headfold start to pay?", SWEEP_COLUMNS)
     shapes = [IndexerGeometry(1, s, s, 32, 128) for s in (64, 128, 256, 512, 1024, 2048)]
     shapes += [IndexerGeometry(1, 1024, 1024, h, 128) for h in (1, 4, 16, 64)]
@@ -204,7 +204,9 @@ def sweep(device: torch.device, *, rounds: int = 3, track: Track[Any] = no_track
     for g in track(shapes, "speed, sweep"):
         lane.rows.append(_sweep_row(g, device, rounds))
     paying = [row for row in lane.rows if row.get("speedup", 0) > 1]
-    lane.notes.append(f"headfold is faster in {len(paying)} of {len(lane.rows)} shapes, and smaller wherever bytes are saved.")
+    lane.notes.append(
+        f"headfold is faster in {len(paying)} of {len(lane.rows)} shapes, and smaller wherever bytes are saved."
+    )
     return lane
 
 
