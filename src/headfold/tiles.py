@@ -61,6 +61,11 @@ class Tile:
         return self.rows * self.h * self.size
 
     @property
+    def narrow(self) -> bool:
+        """Whether d is so small that dk has to be summed in parts: below 12 columns MKL's own sums are inexact."""
+        return self.d < 16
+
+    @property
     def forward_bytes(self) -> int:
         """Scratch of the forward walk: logits, staged q, weights and k, folded scores, and what masks them."""
         staged_key = self.keys * self.d * self.size
@@ -70,8 +75,9 @@ class Tile:
 
     @property
     def backward_bytes(self) -> int:
-        """Scratch of the backward walk: the forward's, two more query buffers (u, weights * q) and dweights."""
-        return self.forward_bytes + 2 * self.query_bytes + self.weight_bytes
+        """Scratch of the backward walk: the forward's, u, weights * q, dweights, and partial sums of a narrow dk."""
+        partial = self.keys * self.d * self.size if self.narrow else 0
+        return self.forward_bytes + 2 * self.query_bytes + self.weight_bytes + partial
 
 
 def blocks(stop: int, step: int, start: int = 0) -> Iterator[tuple[int, int]]:

@@ -17,6 +17,8 @@ from headfold.contract import compute_dtype
 from headfold.tiles import Tile, blocks
 
 NEG_INF = float("-inf")
+# Terms that a matrix library may sum in one chain where the error budget is close: relative error grows with its root.
+CHAIN = 256
 threshold_backward = torch.ops.aten.threshold_backward.grad_input
 
 
@@ -159,9 +161,10 @@ class ForwardWalk:
 class BackwardWalk:
     """Turns dscores into gradients in three products (logits, u, dk).
 
-    With a = g·[logit > 0] and u = Σ_t a·k: dq = weights·u, dweights = q·u and dk = Σ_{s,h} aᵀ·(weights·q). Without an
-    activation a is g itself, one row for all heads. Only the gradients asked for are made: without dq and dweights
-    there is no u, without dk no aᵀ·q.
+    With a = g·[logit > 0] and u = Σ_t a·k: dq = weights·u and dk = Σ_{s,h} aᵀ·(weights·q). dweights = Σ_t g·relu(logit)
+    is one pass over the tile. It also equals q·u, which would save the pass, but u is summed in the long chains of a
+    matrix product and over a few thousand keys that costs more than the error budget. Without an activation a is g
+    itself, one row for all heads, and dweights is q·u. Only what the gradients asked for need is made.
     """
 
     def __init__(self, tile: Tile, like: Tensor, scale: float) -> None:
@@ -169,6 +172,7 @@ class BackwardWalk:
         self.u = self.scratch.empty(tile.rows * tile.h * tile.d)
         self.weighted = self.scratch.empty(tile.rows * tile.h * tile.d)
         self.dweights = self.scratch.empty(tile.rows * tile.h)
+        self.narrow = self.scratch.empty(tile.keys * tile.d) if tile.narrow else None
 
     def slab(
         self,
@@ -194,32 +198,50 @@ class BackwardWalk:
                 operand = torch.mul(query, scaled.unsqueeze(-1), out=weighted)
             else:
                 operand = s.fold(query, scaled).unsqueeze(1)
-            u = None
-            if dq is not None or dweights is not None:
+            u = totals = None
+            if dq is not None or (dweights is not None and not self.tile.relu):
                 u = head(self.u, *operand.shape).zero_()
+            if dweights is not None:
+                totals = head(self.dweights, *scaled.shape).zero_()
             for key in blocks(visible.limit(end - 1), self.tile.keys):
                 keys = stage(k[slice(*key)], s.k)
                 a = self._incoming(g[first - rows[0] : end - rows[0], slice(*key)], visible, (first, end), key)
                 if self.tile.relu:
                     logits = s.product(query, keys)
+                    if totals is not None:
+                        self._add_weight_sums(totals, a, logits.relu_())
                     a = threshold_backward(a.unsqueeze(1), logits, 0, grad_input=logits).flatten(0, 1)
                 if u is not None:
                     u.flatten(0, 1).addmm_(a, keys)
                 if dk is not None:
-                    dk[slice(*key)].addmm_(a.t(), operand.flatten(0, 1))
-            if dweights is not None and u is not None:
-                torch.mul(u, query, out=weighted)
-                total = torch.sum(weighted, -1, out=head(self.dweights, *scaled.shape))
-                dweights[first:end] = total.mul_(s.scale)
+                    self._add_product(dk[slice(*key)], a, operand.flatten(0, 1))
+            if dweights is not None and totals is not None:
+                if u is not None and not self.tile.relu:
+                    torch.sum(torch.mul(u, query, out=weighted), -1, out=totals)
+                dweights[first:end] = totals.mul_(s.scale)
             if dq is not None and u is not None:
                 dq[first:end] = torch.mul(u, scaled.unsqueeze(-1), out=weighted)
+
+    def _add_weight_sums(self, totals: Tensor, g: Tensor, rectified: Tensor) -> None:
+        """Add Σ_t g·rectified to totals [rows, h]: as rows of dot products over few keys, which sum most exactly."""
+        for part in blocks(g.shape[1], CHAIN):
+            span = slice(*part)
+            totals.unsqueeze(1).baddbmm_(g[:, span].unsqueeze(1), rectified[:, :, span].transpose(1, 2))
+
+    def _add_product(self, dk: Tensor, a: Tensor, operand: Tensor) -> None:
+        """Add aᵀ·operand [keys, d] to dk; narrow ones in parts, which MKL would sum in one long chain."""
+        if self.narrow is None:
+            dk.addmm_(a.t(), operand)
+            return
+        for part in blocks(a.shape[0], CHAIN):
+            dk += torch.mm(a[slice(*part)].t(), operand[slice(*part)], out=head(self.narrow, *dk.shape))
 
     def _incoming(self, g: Tensor, visible: Visible, row: tuple[int, int], key: tuple[int, int]) -> Tensor:
         """Return g [rows, keys] with zeros, whatever it held, at the keys that a row may not see."""
         hidden = self.scratch.mask(visible, row, key)
         if hidden is not None:
             return head(self.scratch.scores, *g.shape).copy_(g).masked_fill_(hidden, 0)
-        return g if self.tile.relu else stage(g, self.scratch.scores)
+        return stage(g, self.scratch.scores)
 
 
 def index_scores(
