@@ -37,7 +37,11 @@ class Case:
         def make(*shape: int) -> Tensor:
             return torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
 
-        q, weights, k = make(self.sq, self.b, self.h, self.d), make(self.sq, self.b, self.h), make(self.sk, self.b, self.d)
+        q, weights, k = (
+            make(self.sq, self.b, self.h, self.d),
+            make(self.sq, self.b, self.h),
+            make(self.sk, self.b, self.d),
+        )
         return [q, weights if self.weighted else None, k]
 
     def incoming(self, seed: int = 1) -> Tensor:

@@ -104,7 +104,11 @@ def test_and_of_two_ratios_needs_a_row_count_and_says_so() -> None:
     ("make", "error", "said"),
     [
         (lambda: KeyRange(start=torch.zeros(3)), TypeError, "start must be an int32 tensor, got torch.float32"),
-        (lambda: KeyRange(end=torch.zeros(3, dtype=torch.int64)), TypeError, "end must be an int32 tensor, got torch.int64"),
+        (
+            lambda: KeyRange(end=torch.zeros(3, dtype=torch.int64)),
+            TypeError,
+            "end must be an int32 tensor, got torch.int64",
+        ),
         (lambda: KeyRange(end=[1, 2]), TypeError, "end must be an int32 tensor, got list"),  # type: ignore[arg-type]
         (lambda: KeyRange(end=torch.zeros(1, 2, 3, dtype=torch.int32)), ValueError, r"end must be \[sq\] or \[b, sq\]"),
         (lambda: KeyRange(offset=1.5), TypeError, "offset must be a Python int or None, got float"),  # type: ignore[arg-type]

@@ -2,9 +2,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from cases import CASES, Case
 from torch import Tensor
 
+from cases import CASES, Case
 from headfold import KeyRange, index_scores
 from headfold.lanes.budget import spend_all
 from headfold.lanes.paths import per_head_loop
@@ -71,9 +71,9 @@ def test_one_order_of_sums_would_fail_the_materialised_path_itself() -> None:
 @pytest.mark.parametrize("case", [c for c in CASES if c.h * c.d < 300], ids=str)
 def test_float64_agrees_with_the_materialised_path_to_rounding(case: Case) -> None:
     ours, theirs = leaves(case, torch.float64), leaves(case, torch.float64)
-    pad = [] if case.weighted else [None]
-    mine = index_scores(ours[0], *(pad or [ours[1]]), ours[-1], **case.call())
-    oracle = index_scores(theirs[0], *(pad or [theirs[1]]), theirs[-1], **case.call(), impl="materialized")
+    mine = index_scores(ours[0], ours[1] if case.weighted else None, ours[-1], **case.call())
+    weights = theirs[1] if case.weighted else None
+    oracle = index_scores(theirs[0], weights, theirs[-1], **case.call(), impl="materialized")
     torch.testing.assert_close(mine, oracle, rtol=1e-12, atol=1e-12)
     for x, y in zip(gradients(mine, ours, case.incoming()), gradients(oracle, theirs, case.incoming()), strict=True):
         torch.testing.assert_close(x, y, rtol=1e-11, atol=1e-11)
@@ -115,7 +115,9 @@ def test_gradients_come_back_in_the_strides_of_their_inputs(layout: str) -> None
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_scores_are_float32_unless_inputs_are_float64_and_gradients_have_their_inputs_dtypes(dtype: torch.dtype) -> None:
+def test_scores_are_float32_unless_inputs_are_float64_and_gradients_have_their_inputs_dtypes(
+    dtype: torch.dtype,
+) -> None:
     q, _, k = (x if x is None else x.requires_grad_() for x in Case(6, 7).inputs(dtype))
     weights = torch.randn(6, 1, 4, dtype=torch.bfloat16, requires_grad=True)
     assert q is not None

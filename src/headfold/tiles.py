@@ -70,7 +70,7 @@ class Tile:
         """Scratch of the forward walk: logits, staged q, weights and k, folded scores, and what masks them."""
         staged_key = self.keys * self.d * self.size
         scores_and_masks = self.rows * self.keys * (self.size + 2)
-        positions = 4 * (self.keys + 3 * self.rows)
+        positions = 4 * (self.keys + 3 * self.rows) + 64  # and the scalars they are compared with
         return self.logits_bytes + self.query_bytes + self.weight_bytes + staged_key + scores_and_masks + positions
 
     @property

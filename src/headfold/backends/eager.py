@@ -150,12 +150,14 @@ class ForwardWalk:
                     torch.bmm(scaled.unsqueeze(1), s.product(query, keys).relu_(), out=scores.unsqueeze(1))
                 else:
                     torch.mm(folded, keys.t(), out=scores)
+                span = target[:, slice(*key)]
                 if visible.bias is not None:
-                    scores.add_(visible.bias[first:end, slice(*key)])
+                    # Cast on the way through the output: adding another dtype would allocate a cast of the tile.
+                    scores += span.copy_(visible.bias[first:end, slice(*key)])
                 hidden = s.mask(visible, (first, end), key)
                 if hidden is not None:
                     scores.masked_fill_(hidden, NEG_INF)
-                target[:, slice(*key)] = scores
+                span.copy_(scores)
 
 
 class BackwardWalk:

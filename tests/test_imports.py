@@ -1,0 +1,88 @@
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import headfold
+
+ROOT = Path(headfold.__file__).parent
+# Each floor may import the floors before it, and modules of its own floor may not import one another unless they are
+# one package.
+FLOORS = [
+    ["tiles"],
+    ["geometry", "layout", "keyrange"],
+    ["contract", "presets"],
+    ["materialized", "backends"],
+    ["ops"],
+    ["scores"],
+    ["lanes"],
+    ["cli"],
+]
+
+
+def floor_of(module: str) -> int:
+    name = module.split(".")[0]
+    return next(i for i, names in enumerate(FLOORS) if name in names)
+
+
+def imported(path: Path) -> set[str]:
+    """Modules of headfold that a file imports, anywhere in it, relative to the package."""
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and node.module is not None and node.module.startswith("headfold"):
+            inside = node.module.removeprefix("headfold").lstrip(".")
+            found |= {inside} if inside else {alias.name for alias in node.names}
+    return found
+
+
+def modules() -> list[Path]:
+    outer = ("__init__.py", "__main__.py")
+    return [path for path in ROOT.rglob("*.py") if not (path.parent == ROOT and path.name in outer)]
+
+
+@pytest.mark.parametrize("path", modules(), ids=lambda p: p.relative_to(ROOT).as_posix())
+def test_imports_run_one_way(path: Path) -> None:
+    relative = path.relative_to(ROOT).with_suffix("")
+    own = relative.parts[0]
+    for other in imported(path):
+        assert other.split(".")[0] == own or floor_of(other) < floor_of(own), f"{relative} imports {other}"
+
+
+def test_every_module_has_a_floor() -> None:
+    names = {path.relative_to(ROOT).with_suffix("").parts[0] for path in modules()}
+    assert names == {name for floor in FLOORS for name in floor}
+
+
+def test_headfold_imports_and_scores_with_torch_alone() -> None:
+    code = """
+import sys
+absent = "numpy transformers matplotlib rich typer triton safetensors tabulate humanize psutil"
+for name in absent.split():
+    sys.modules[name] = None
+import torch, headfold
+q, w, k = torch.randn(5, 1, 2, 4, requires_grad=True), torch.randn(5, 1, 2), torch.randn(6, 1, 4)
+headfold.index_scores(q, w, k, causal=True).relu().sum().backward()
+assert headfold.IndexerGeometry(1, 5, 6, 2, 4).bill("headfold").held == 0
+print(q.grad.shape)
+"""
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "torch.Size([5, 1, 2, 4])" in done.stdout
+
+
+def test_importing_headfold_imports_no_extra() -> None:
+    code = """
+import headfold, sys
+print([name for name in ("rich", "typer", "matplotlib", "transformers", "triton") if name in sys.modules])
+"""
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_the_public_names_are_these() -> None:
+    assert set(headfold.__all__) == {"IndexerGeometry", "KeyRange", "UnsupportedError", "__version__", "index_scores"}
+    assert (ROOT / "py.typed").exists()
