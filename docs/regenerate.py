@@ -1,0 +1,122 @@
+"""Write the measured tables and figures of the README and docs from docs/results/report.json.
+
+    headfold prove --full --rounds 5 --threads 2 --report docs/results     # measures
+    python docs/regenerate.py                                              # writes it into the pages
+    python docs/regenerate.py --check                                      # exits 1 when a page says otherwise
+
+A page marks a place with <!-- measured: NAME --> and <!-- end -->.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from tabulate import tabulate
+
+from headfold.lanes.record import show, show_bytes
+
+DOCS = Path(__file__).parent
+PAGES = (DOCS.parent / "README.md", DOCS / "story.md")
+PLACE = re.compile(r"(<!-- measured: ([a-z ]+) -->\n).*?(<!-- end -->)", re.DOTALL)
+
+Report = dict[str, Any]
+
+
+def rows(report: Report, lane: str) -> list[dict[str, Any]]:
+    """Return the rows of a lane."""
+    return next(found["rows"] for found in report["lanes"] if found["name"] == lane)
+
+
+def row(report: Report, lane: str, path: str, phase: str) -> dict[str, Any]:
+    """Return one row of a lane."""
+    return next(r for r in rows(report, lane) if r["path"] == path and r["phase"] == phase)
+
+
+def conditions(report: Report) -> str:
+    """Say where the numbers were measured."""
+    e, g = report["environment"], report["geometry"]
+    return (
+        f"b={g['b']}, sq=sk={g['sq']}, h={g['heads']}, d={g['dim']}, {g['dtype']}; "
+        f"{e['cpu']}, {e['threads']} threads, torch {e['torch'].split('+')[0]}, Python {e['python']}"
+    )
+
+
+def headline(report: Report) -> str:
+    """One measured number in bytes, with its conditions."""
+    both = "forward + backward"
+    before, after = (row(report, "residency", path, both)["measured"] for path in ("materialized", "headfold"))
+    return (
+        f"**{before:,} bytes → {after:,} bytes**: measured peak of one indexer training step, forward and backward, "
+        f"beyond its inputs ({conditions(report)}; made by `headfold prove`)."
+    )
+
+
+def residency(report: Report) -> str:
+    """Peaks at the report's shape, and at the seed's full shape."""
+    table = []
+    for lane in ("residency", "residency, full shape"):
+        shape = "b=1" if lane == "residency" else "b=8"
+        for r in rows(report, lane):
+            measured = show_bytes(r["measured"]) if "measured" in r else "not run: " + r["note"].split(" (")[0]
+            table.append(
+                [shape, r["path"], r["phase"], show_bytes(r["planned"]), measured, show(r.get("process"), "bytes")]
+            )
+    head = ["sq=sk=4096, h=32, d=128", "path", "phase", "planned", "measured", "process"]
+    return tabulate(table, head, tablefmt="github")
+
+
+def speed(report: Report) -> str:
+    """Medians, shares of the matrix-product rate and speed-ups."""
+    table = [
+        [
+            r["path"],
+            r["phase"],
+            show(r["seconds"], "seconds"),
+            show(r["share"], "ratio"),
+            show(r.get("speedup"), "ratio"),
+        ]
+        for r in rows(report, "speed")
+        if "seconds" in r
+    ]
+    notes = next(lane["notes"] for lane in report["lanes"] if lane["name"] == "speed")
+    head = ["path", "phase", "median", "of matrix-product rate", "× materialised"]
+    return tabulate(table, head, tablefmt="github") + f"\n\n{notes[0]}"
+
+
+MEASURED: dict[str, Callable[[Report], str]] = {
+    "headline": headline,
+    "residency": residency,
+    "speed": speed,
+    "conditions": lambda report: f"Measured at {conditions(report)}.",
+}
+
+
+def written(page: str, report: Report) -> str:
+    """Return the page with every marked place filled."""
+    return PLACE.sub(lambda m: f"{m[1]}{MEASURED[m[2]](report)}\n{m[3]}", page)
+
+
+def main(arguments: list[str]) -> int:
+    """Rewrite the pages, or with --check only compare."""
+    report = json.loads((DOCS / "results" / "report.json").read_text(encoding="utf-8"))
+    stale = []
+    for page in PAGES:
+        text = page.read_text(encoding="utf-8")
+        new = written(text, report)
+        if new != text:
+            stale.append(page.name)
+            if "--check" not in arguments:
+                page.write_text(new, encoding="utf-8")
+    if stale and "--check" in arguments:
+        sys.stderr.write(f"{', '.join(stale)}: run python docs/regenerate.py\n")
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
