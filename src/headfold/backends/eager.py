@@ -67,15 +67,11 @@ class _Scratch:
         return torch.empty(count, dtype=self.dtype, device=self.device)
 
     def stage_query(self, q: Tensor, weights: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Return q [rows, h, d] dense in the compute dtype, and scale * weights [rows, h]."""
+        """Return q [rows, h, d] dense and weights [rows, h] in the compute dtype; weights are ones when None."""
         if q.dtype != self.dtype or not q.is_contiguous():
             q = head(self.q, *q.shape).copy_(q)
-        scaled = head(self.weights, *q.shape[:2])
-        if weights is None:
-            scaled.fill_(self.scale)
-        else:
-            scaled.copy_(weights).mul_(self.scale)
-        return q, scaled
+        staged = head(self.weights, *q.shape[:2])
+        return q, staged.fill_(1) if weights is None else staged.copy_(weights)
 
     def product(self, q: Tensor, k: Tensor) -> Tensor:
         """Return the logits [rows, h, keys] of one tile, in the scratch."""
@@ -84,10 +80,10 @@ class _Scratch:
         torch.mm(q.view(rows * h, d), k.t(), out=logits)
         return logits.view(rows, h, k.shape[0])
 
-    def fold(self, q: Tensor, scaled: Tensor) -> Tensor:
-        """Return Σ_h scaled · q, [rows, d], in the scratch: all that the product needs when there is no activation."""
+    def fold(self, q: Tensor, weights: Tensor) -> Tensor:
+        """Return Σ_h weights · q, [rows, d], in the scratch: all that the product needs when there is no activation."""
         folded = head(self.logits, q.shape[0], 1, q.shape[2])
-        return torch.bmm(scaled.unsqueeze(1), q, out=folded).squeeze(1)
+        return torch.bmm(weights.unsqueeze(1), q, out=folded).squeeze(1)
 
     def mask(self, visible: Visible, row: tuple[int, int], key: tuple[int, int]) -> Tensor | None:
         """Return bool [rows, keys], true where the row may not see the key, or None when the whole tile is visible."""
@@ -138,8 +134,8 @@ class ForwardWalk:
         """
         s = self.scratch
         for first, end in blocks(rows[1], self.tile.rows, rows[0]):
-            query, scaled = s.stage_query(q[first:end], None if weights is None else weights[first:end])
-            folded = None if self.tile.relu else s.fold(query, scaled)
+            query, factors = s.stage_query(q[first:end], None if weights is None else weights[first:end])
+            folded = None if self.tile.relu else s.fold(query, factors)
             target = out[first - rows[0] : end - rows[0]]
             limit = visible.limit(end - 1)
             target[:, limit:].fill_(NEG_INF)
@@ -147,9 +143,11 @@ class ForwardWalk:
                 keys = stage(k[slice(*key)], s.k)
                 scores = head(s.scores, end - first, key[1] - key[0])
                 if folded is None:
-                    torch.bmm(scaled.unsqueeze(1), s.product(query, keys).relu_(), out=scores.unsqueeze(1))
+                    torch.bmm(factors.unsqueeze(1), s.product(query, keys).relu_(), out=scores.unsqueeze(1))
                 else:
                     torch.mm(folded, keys.t(), out=scores)
+                if s.scale != 1.0:
+                    scores *= s.scale
                 span = target[:, slice(*key)]
                 if visible.bias is not None:
                     # Cast on the way through the output: adding another dtype would allocate a cast of the tile.
@@ -194,17 +192,17 @@ class BackwardWalk:
         """
         s = self.scratch
         for first, end in blocks(rows[1], self.tile.rows, rows[0]):
-            query, scaled = s.stage_query(q[first:end], None if weights is None else weights[first:end])
+            query, factors = s.stage_query(q[first:end], None if weights is None else weights[first:end])
             weighted = head(self.weighted, *query.shape)
             if self.tile.relu:
-                operand = torch.mul(query, scaled.unsqueeze(-1), out=weighted)
+                operand = torch.mul(query, factors.unsqueeze(-1), out=weighted)
             else:
-                operand = s.fold(query, scaled).unsqueeze(1)
+                operand = s.fold(query, factors).unsqueeze(1)
             u = totals = None
             if dq is not None or (dweights is not None and not self.tile.relu):
                 u = head(self.u, *operand.shape).zero_()
             if dweights is not None:
-                totals = head(self.dweights, *scaled.shape).zero_()
+                totals = head(self.dweights, *factors.shape).zero_()
             for key in blocks(visible.limit(end - 1), self.tile.keys):
                 keys = stage(k[slice(*key)], s.k)
                 a = self._incoming(g[first - rows[0] : end - rows[0], slice(*key)], visible, (first, end), key)
@@ -220,9 +218,9 @@ class BackwardWalk:
             if dweights is not None and totals is not None:
                 if u is not None and not self.tile.relu:
                     torch.sum(torch.mul(u, query, out=weighted), -1, out=totals)
-                dweights[first:end] = totals.mul_(s.scale)
+                dweights[first:end] = totals
             if dq is not None and u is not None:
-                dq[first:end] = torch.mul(u, scaled.unsqueeze(-1), out=weighted)
+                dq[first:end] = torch.mul(u, factors.unsqueeze(-1), out=weighted)
 
     def _add_weight_sums(self, totals: Tensor, g: Tensor, rectified: Tensor) -> None:
         """Add Σ_t g·rectified to totals [rows, h]: as rows of dot products over few keys, which sum most exactly."""
@@ -239,11 +237,13 @@ class BackwardWalk:
             dk += torch.mm(a[slice(*part)].t(), operand[slice(*part)], out=head(self.narrow, *dk.shape))
 
     def _incoming(self, g: Tensor, visible: Visible, row: tuple[int, int], key: tuple[int, int]) -> Tensor:
-        """Return g [rows, keys] with zeros, whatever it held, at the keys that a row may not see."""
-        hidden = self.scratch.mask(visible, row, key)
-        if hidden is not None:
-            return head(self.scratch.scores, *g.shape).copy_(g).masked_fill_(hidden, 0)
-        return stage(g, self.scratch.scores)
+        """Return scale · g [rows, keys] with zeros, whatever g held, at the keys that a row may not see."""
+        s = self.scratch
+        hidden = s.mask(visible, row, key)
+        if hidden is None and s.scale == 1.0:
+            return stage(g, s.scores)
+        staged = torch.mul(g, s.scale, out=head(s.scores, *g.shape))
+        return staged if hidden is None else staged.masked_fill_(hidden, 0)
 
 
 def index_scores(
