@@ -67,9 +67,9 @@ class Tile:
 
     @property
     def forward_bytes(self) -> int:
-        """Scratch of the forward walk: logits, staged q, weights and k, folded scores, and what masks them."""
+        """Scratch of the forward walk: logits, staged q, weights and k, folded scores, bias and masks."""
         staged_key = self.keys * self.d * self.size
-        scores_and_masks = self.rows * self.keys * (self.size + 2)
+        scores_and_masks = self.rows * self.keys * (2 * self.size + 2)
         positions = 4 * (self.keys + 3 * self.rows) + 64  # and the scalars they are compared with
         return self.logits_bytes + self.query_bytes + self.weight_bytes + staged_key + scores_and_masks + positions
 

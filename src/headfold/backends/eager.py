@@ -8,6 +8,7 @@ tensor data on the host.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -60,6 +61,7 @@ class _Scratch:
         self.weights = self.empty(rows * h)
         self.k = self.empty(keys * d)
         self.scores = self.empty(rows * keys)
+        self.bias = self.empty(rows * keys)
         self.hidden = torch.empty(2, rows * keys, dtype=torch.bool, device=like.device)
 
     def empty(self, count: int) -> Tensor:
@@ -84,6 +86,12 @@ class _Scratch:
         """Return Σ_h weights · q, [rows, d], in the scratch: all that the product needs when there is no activation."""
         folded = head(self.logits, q.shape[0], 1, q.shape[2])
         return torch.bmm(weights.unsqueeze(1), q, out=folded).squeeze(1)
+
+    def cast_bias(self, bias: Tensor) -> Tensor:
+        """Return a tile of the bias in the compute dtype; adding another dtype would allocate the cast."""
+        if bias.dtype == self.dtype:
+            return bias
+        return head(self.bias, *bias.shape).copy_(bias)
 
     def mask(self, visible: Visible, row: tuple[int, int], key: tuple[int, int]) -> Tensor | None:
         """Return bool [rows, keys], true where the row may not see the key, or None when the whole tile is visible."""
@@ -120,42 +128,38 @@ def stage(x: Tensor, buffer: Tensor) -> Tensor:
 
 
 class ForwardWalk:
-    """Fills slabs of scores. q [sq, h, d], weights [sq, h] or None and k [sk, d] are views of one batch element."""
+    """Makes tiles of scores. q [sq, h, d], weights [sq, h] or None and k [sk, d] are views of one batch element."""
 
     def __init__(self, tile: Tile, like: Tensor, scale: float) -> None:
         self.scratch, self.tile = _Scratch(tile, like, scale), tile
 
-    def slab(
-        self, q: Tensor, weights: Tensor | None, k: Tensor, visible: Visible, rows: tuple[int, int], out: Tensor
-    ) -> None:
-        """Write the scores of query rows [first, end) against every key into `out` [end - first, sk].
+    def tiles(
+        self, q: Tensor, weights: Tensor | None, k: Tensor, visible: Visible, rows: tuple[int, int]
+    ) -> Iterator[tuple[tuple[int, int], tuple[int, int], Tensor]]:
+        """Yield (rows, keys, scores [rows, keys]) of every tile that the static bound lets some row see, row by row.
 
-        `first` must be on the grid, a multiple of tile.rows, for the result to be independent of the slab.
+        Scores lie in the scratch and last until the next tile. rows[0] must be a multiple of tile.rows, so that tiles
+        lie on the grid. Keys that a row may not see score -inf; keys beyond the bound of a row block are not visited.
         """
         s = self.scratch
-        for first, end in blocks(rows[1], self.tile.rows, rows[0]):
-            query, factors = s.stage_query(q[first:end], None if weights is None else weights[first:end])
+        for row in blocks(rows[1], self.tile.rows, rows[0]):
+            query, factors = s.stage_query(q[slice(*row)], None if weights is None else weights[slice(*row)])
             folded = None if self.tile.relu else s.fold(query, factors)
-            target = out[first - rows[0] : end - rows[0]]
-            limit = visible.limit(end - 1)
-            target[:, limit:].fill_(NEG_INF)
-            for key in blocks(limit, self.tile.keys):
+            for key in blocks(visible.limit(row[1] - 1), self.tile.keys):
                 keys = stage(k[slice(*key)], s.k)
-                scores = head(s.scores, end - first, key[1] - key[0])
+                scores = head(s.scores, row[1] - row[0], key[1] - key[0])
                 if folded is None:
                     torch.bmm(factors.unsqueeze(1), s.product(query, keys).relu_(), out=scores.unsqueeze(1))
                 else:
                     torch.mm(folded, keys.t(), out=scores)
                 if s.scale != 1.0:
                     scores *= s.scale
-                span = target[:, slice(*key)]
                 if visible.bias is not None:
-                    # Cast on the way through the output: adding another dtype would allocate a cast of the tile.
-                    scores += span.copy_(visible.bias[first:end, slice(*key)])
-                hidden = s.mask(visible, (first, end), key)
+                    scores += s.cast_bias(visible.bias[slice(*row), slice(*key)])
+                hidden = s.mask(visible, row, key)
                 if hidden is not None:
                     scores.masked_fill_(hidden, NEG_INF)
-                span.copy_(scores)
+                yield row, key, scores
 
 
 class BackwardWalk:
@@ -266,7 +270,10 @@ def index_scores(
         walk = ForwardWalk(tile, q, scale)
         for i in range(b):
             visible = Visible(sk, _row(start, i), _row(end, i), offset, ratio, _row(bias, i))
-            walk.slab(q[i], _row(weights, i), k[i], visible, (0, sq), out[i])
+            for row in blocks(sq, tile.rows):
+                out[i, slice(*row), visible.limit(row[1] - 1) :].fill_(NEG_INF)
+            for row, key, scores in walk.tiles(q[i], _row(weights, i), k[i], visible, (0, sq)):
+                out[i, slice(*row), slice(*key)] = scores
     return out
 
 
