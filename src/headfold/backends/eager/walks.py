@@ -250,74 +250,13 @@ class BackwardWalk:
         return staged if hidden is None else staged.masked_fill_(hidden, 0)
 
 
-def index_scores(
-    q: Tensor,
-    weights: Tensor | None,
-    k: Tensor,
-    start: Tensor | None,
-    end: Tensor | None,
-    bias: Tensor | None,
-    offset: int | None,
-    ratio: int,
-    relu: bool,
-    scale: float,
-) -> Tensor:
-    """Scores [b, sq, sk] of a checked, batch-first call (see `headfold.contract.ScoreCall`)."""
-    tile = tile_of(q, k, relu)
-    b, sq, sk = q.shape[0], q.shape[1], k.shape[1]
-    out = torch.empty(b, sq, sk, dtype=compute_dtype(q.dtype), device=q.device)
-    with torch.autocast(q.device.type, enabled=False):
-        walk = ForwardWalk(tile, q, scale)
-        for i in range(b):
-            visible = Visible(sk, _row(start, i), _row(end, i), offset, ratio, _row(bias, i))
-            for row in blocks(sq, tile.rows):
-                out[i, slice(*row), visible.limit(row[1] - 1) :].fill_(NEG_INF)
-            for row, key, scores in walk.tiles(q[i], _row(weights, i), k[i], visible, (0, sq)):
-                out[i, slice(*row), slice(*key)] = scores
-    return out
-
-
-def index_scores_backward(
-    g: Tensor,
-    q: Tensor,
-    weights: Tensor | None,
-    k: Tensor,
-    start: Tensor | None,
-    end: Tensor | None,
-    bias: Tensor | None,
-    offset: int | None,
-    ratio: int,
-    relu: bool,
-    scale: float,
-    needs: tuple[bool, bool, bool],
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Gradients of q, weights and k, each in its input's dtype and strides; None where `needs` is false."""
-    tile = tile_of(q, k, relu)
-    dq = torch.empty_like(q) if needs[0] else None
-    dweights = torch.empty_like(weights) if needs[1] and weights is not None else None
-    dk = torch.zeros_like(k) if needs[2] else None
-    sq, sk = q.shape[1], k.shape[1]
-    with torch.autocast(q.device.type, enabled=False):
-        walk = BackwardWalk(tile, q, scale)
-        total = (
-            None if dk is None or dk.dtype == walk.scratch.dtype else torch.empty_like(k[0], dtype=walk.scratch.dtype)
-        )
-        for i in range(q.shape[0]):
-            visible = Visible(sk, _row(start, i), _row(end, i), offset, ratio, _row(bias, i))
-            sums = _row(dk, i) if total is None else total.zero_()
-            walk.slab(g[i], q[i], _row(weights, i), k[i], visible, (0, sq), _row(dq, i), _row(dweights, i), sums)
-            if dk is not None and total is not None:
-                dk[i] = total
-    return dq, dweights, dk
-
-
 def tile_of(q: Tensor, k: Tensor, relu: bool) -> Tile:
     """Return the tile of a walk over batch-first q [b, sq, h, d] and k [b, sk, d]."""
     _, sq, h, d = q.shape
     return Tile.of(sq, k.shape[1], h, d, compute_dtype(q.dtype).itemsize, relu=relu)
 
 
-def _row(x: Tensor | None, i: int) -> Tensor | None:
+def batch_element(x: Tensor | None, i: int) -> Tensor | None:
     """Return batch element i; an axis of size one stands for all."""
     if x is None:
         return None

@@ -1,0 +1,81 @@
+"""index_scores by tiles: the forward and backward bodies of the op."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from headfold.backends.eager.walks import NEG_INF, BackwardWalk, ForwardWalk, Visible, batch_element, tile_of
+from headfold.contract import compute_dtype
+from headfold.tiles import blocks
+
+
+def index_scores(
+    q: Tensor,
+    weights: Tensor | None,
+    k: Tensor,
+    start: Tensor | None,
+    end: Tensor | None,
+    bias: Tensor | None,
+    offset: int | None,
+    ratio: int,
+    relu: bool,
+    scale: float,
+) -> Tensor:
+    """Scores [b, sq, sk] of a checked, batch-first call (see `headfold.contract.ScoreCall`)."""
+    tile = tile_of(q, k, relu)
+    b, sq, sk = q.shape[0], q.shape[1], k.shape[1]
+    out = torch.empty(b, sq, sk, dtype=compute_dtype(q.dtype), device=q.device)
+    with torch.autocast(q.device.type, enabled=False):
+        walk = ForwardWalk(tile, q, scale)
+        for i in range(b):
+            visible = Visible(sk, batch_element(start, i), batch_element(end, i), offset, ratio, batch_element(bias, i))
+            for row in blocks(sq, tile.rows):
+                out[i, slice(*row), visible.limit(row[1] - 1) :].fill_(NEG_INF)
+            for row, key, scores in walk.tiles(q[i], batch_element(weights, i), k[i], visible, (0, sq)):
+                out[i, slice(*row), slice(*key)] = scores
+    return out
+
+
+def index_scores_backward(
+    g: Tensor,
+    q: Tensor,
+    weights: Tensor | None,
+    k: Tensor,
+    start: Tensor | None,
+    end: Tensor | None,
+    bias: Tensor | None,
+    offset: int | None,
+    ratio: int,
+    relu: bool,
+    scale: float,
+    needs: tuple[bool, bool, bool],
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Gradients of q, weights and k, each in its input's dtype and strides; None where `needs` is false."""
+    tile = tile_of(q, k, relu)
+    dq = torch.empty_like(q) if needs[0] else None
+    dweights = torch.empty_like(weights) if needs[1] and weights is not None else None
+    dk = torch.zeros_like(k) if needs[2] else None
+    sq, sk = q.shape[1], k.shape[1]
+    with torch.autocast(q.device.type, enabled=False):
+        walk = BackwardWalk(tile, q, scale)
+        total = (
+            None if dk is None or dk.dtype == walk.scratch.dtype else torch.empty_like(k[0], dtype=walk.scratch.dtype)
+        )
+        for i in range(q.shape[0]):
+            visible = Visible(sk, batch_element(start, i), batch_element(end, i), offset, ratio, batch_element(bias, i))
+            sums = batch_element(dk, i) if total is None else total.zero_()
+            walk.slab(
+                g[i],
+                q[i],
+                batch_element(weights, i),
+                k[i],
+                visible,
+                (0, sq),
+                batch_element(dq, i),
+                batch_element(dweights, i),
+                sums,
+            )
+            if dk is not None and total is not None:
+                dk[i] = total
+    return dq, dweights, dk
