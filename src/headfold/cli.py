@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
@@ -13,8 +14,10 @@ import torch
 import typer
 from rich.console import Console
 from rich.markup import escape
+from rich.padding import Padding
 from rich.progress import track as rich_track
 from rich.table import Table
+from rich.text import Text
 
 from headfold.contract import UnsupportedError
 from headfold.geometry import IndexerGeometry
@@ -42,8 +45,10 @@ STYLES = {PASS: "green", FAIL: "bold red", SKIP: "yellow"}
 Preset = Annotated[str | None, typer.Option(help="A published model's indexer, such as deepseek-v3.2 or glm-5.")]
 Shape = Annotated[str | None, typer.Option(help='small, prod, full, or text like "b=1,sq=4096,sk=4096,h=32,d=128".')]
 Inputs = Annotated[Path | None, typer.Option(help="A safetensors file with captured q, weights and k.")]
-Tokens = Annotated[int, typer.Option(min=1, help="Positions of a --preset's prefill.")]
-Batch = Annotated[int, typer.Option("--batch", min=1, help="Batch size of a --preset.")]
+Tokens = Annotated[
+    int | None, typer.Option(min=1, help="Positions of a --preset's prefill; 4096 (parity: 512) when not given.")
+]
+Batch = Annotated[int | None, typer.Option("--batch", min=1, help="Batch size of a --preset; 1 when not given.")]
 Dtype = Annotated[str | None, typer.Option(help="float16, bfloat16, float32 or float64.")]
 Device = Annotated[str, typer.Option(help="cpu, cuda or cuda:N.")]
 Threads = Annotated[int | None, typer.Option(min=1, help="CPU threads; torch's default when not given.")]
@@ -57,8 +62,8 @@ Rounds = Annotated[int, typer.Option(min=1, help="Interleaved timing rounds.")]
 def plan(
     preset: Preset = None,
     shape: Shape = None,
-    tokens: Tokens = 4096,
-    batch: Batch = 1,
+    tokens: Tokens = None,
+    batch: Batch = None,
     dtype: Dtype = None,
     causal: Causal = False,
     as_json: Json = False,
@@ -72,7 +77,7 @@ def parity(
     preset: Preset = None,
     shape: Shape = None,
     inputs: Inputs = None,
-    tokens: Tokens = 512,
+    tokens: Tokens = None,
     impl: Annotated[str, typer.Option(help="The implementation to check.")] = "auto",
     device: Device = "cpu",
     threads: Threads = None,
@@ -80,7 +85,9 @@ def parity(
 ) -> None:
     """Check gradients by float64 gradcheck, then error budgets dtype by dtype."""
     where = _device(device, threads)
-    problem = _problem(preset, shape, inputs, tokens, 1, None, False)
+    if preset is not None and tokens is None:
+        tokens = 512  # the budgets look at fewer rows than that
+    problem = _problem(preset, shape, inputs, tokens, None, None, False)
     _finish([run_parity(problem, where, impl=impl, track=_track(as_json))], as_json)
 
 
@@ -89,8 +96,8 @@ def residency(
     preset: Preset = None,
     shape: Shape = None,
     inputs: Inputs = None,
-    tokens: Tokens = 4096,
-    batch: Batch = 1,
+    tokens: Tokens = None,
+    batch: Batch = None,
     dtype: Dtype = None,
     causal: Causal = False,
     workspace: Workspace = None,
@@ -102,7 +109,10 @@ def residency(
 ) -> None:
     """Measure peaks beside planned ones, per path; what does not fit is not run, and says the bytes it would need."""
     where = _device(device, threads)
+    if full:
+        _exclude("--full", preset=preset, shape=shape, inputs=inputs)
     problem = _problem(preset, "full" if full else shape, inputs, tokens, batch, dtype, causal)
+    _enough(workspace, problem)
     lane = run_residency(problem, where, workspace=workspace, process=process, track=_track(as_json))
     _finish([lane], as_json)
 
@@ -112,8 +122,8 @@ def speed(
     preset: Preset = None,
     shape: Shape = None,
     inputs: Inputs = None,
-    tokens: Tokens = 4096,
-    batch: Batch = 1,
+    tokens: Tokens = None,
+    batch: Batch = None,
     dtype: Dtype = None,
     causal: Causal = False,
     workspace: Workspace = None,
@@ -134,9 +144,11 @@ def speed(
     """Median and spread per path, beside the machine's own matrix-product rate."""
     where, track = _device(device, threads), _track(as_json)
     if sweep:
+        _exclude("--sweep", preset=preset, shape=shape, inputs=inputs, dtype=dtype, workspace=workspace)
         lane = run_sweep(where, rounds=rounds, track=track)
     else:
         problem = _problem(preset, shape, inputs, tokens, batch, dtype, causal)
+        _enough(workspace, problem)
         lane = run_speed(problem, where, rounds=rounds, targets=targets, peers=peers, workspace=workspace, track=track)
     _finish([lane], as_json)
 
@@ -146,8 +158,8 @@ def prove(
     preset: Preset = None,
     shape: Shape = None,
     inputs: Inputs = None,
-    tokens: Tokens = 4096,
-    batch: Batch = 1,
+    tokens: Tokens = None,
+    batch: Batch = None,
     dtype: Dtype = None,
     causal: Causal = False,
     full: Annotated[
@@ -162,8 +174,7 @@ def prove(
     """Run every lane on one geometry or on captured tensors, give one verdict and write a report."""
     where = _device(device, threads)
     problem = _problem(preset, shape, inputs, tokens, batch, dtype, causal)
-    if folder.exists() and not folder.is_dir():
-        raise ValueError(f"--report: needs a folder, got {folder}, which is a file.")
+    _make_folder(folder)
     lanes = report.prove(problem, where, rounds=rounds, full=full, track=_track(as_json))
     report.write(folder, problem, lanes, where)
     err.print(f"report: {folder / 'report.md'}")
@@ -176,25 +187,64 @@ def doctor(as_json: Json = False) -> None:
     _finish([run_doctor()], as_json)
 
 
-def _geometry(preset: str | None, shape: str | None, tokens: int, batch: int, dtype: str | None) -> IndexerGeometry:
-    if preset is not None and shape is not None:
-        raise ValueError(f"--preset: excludes --shape, got {preset!r} and {shape!r}.")
+def _geometry(
+    preset: str | None, shape: str | None, tokens: int | None, batch: int | None, dtype: str | None
+) -> IndexerGeometry:
     if preset is not None:
-        return find_preset(preset).geometry(b=batch, tokens=tokens, dtype=dtype or "bfloat16")
+        _exclude("--preset", shape=shape)
+        return find_preset(preset).geometry(b=batch or 1, tokens=tokens or 4096, dtype=dtype or "bfloat16")
+    if tokens is not None or batch is not None:
+        given = f"--tokens {tokens}" if tokens is not None else f"--batch {batch}"
+        raise ValueError(f"--tokens, --batch: need a --preset, got {given} without one. A --shape has its own sizes.")
     geometry = SHAPES["prod"] if shape is None else parse_shape(shape)
     return geometry if dtype is None else geometry.with_(dtype=dtype)
 
 
 def _problem(
-    preset: str | None, shape: str | None, inputs: Path | None, tokens: int, batch: int, dtype: str | None, causal: bool
+    preset: str | None,
+    shape: str | None,
+    inputs: Path | None,
+    tokens: int | None,
+    batch: int | None,
+    dtype: str | None,
+    causal: bool,
 ) -> Problem:
     if inputs is None:
         return Problem(_geometry(preset, shape, tokens, batch, dtype), causal)
-    if preset is not None or shape is not None or dtype is not None:
-        raise ValueError(
-            "--inputs: excludes --preset, --shape and --dtype, since the file holds its own, got one of them too."
-        )
+    _exclude(
+        "--inputs",
+        preset=preset,
+        shape=shape,
+        tokens=tokens,
+        batch=batch,
+        dtype=dtype,
+        causal="causal" if causal else None,
+    )
     return from_file(inputs)
+
+
+def _exclude(option: str, **others: object) -> None:
+    """Refuse options that this one leaves nothing to say about."""
+    for name, value in others.items():
+        if value is not None:
+            raise ValueError(f"{option}: excludes --{name}, got {str(value)!r} for it.")
+
+
+def _enough(workspace: int | None, problem: Problem) -> None:
+    """Refuse a workspace that forward and backward do not fit in, before anything runs."""
+    least = problem.geometry.backward_scratch
+    if workspace is not None and workspace < least:
+        raise ValueError(f"--workspace: needs at least {least} bytes for this shape, got {workspace}.")
+
+
+def _make_folder(folder: Path) -> None:
+    """Make the report's folder before the lanes run, so that nothing is measured in vain."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"--report: needs a folder, got {folder} ({error.strerror}).") from None
+    if not os.access(folder, os.W_OK):
+        raise ValueError(f"--report: needs a folder that can be written, got {folder}.")
 
 
 def _device(name: str, threads: int | None) -> torch.device:
@@ -240,7 +290,7 @@ def _print(lane: Lane) -> None:
         table.add_row(*map(escape, cells), style=STYLES.get(row.get("verdict", "")))
     out.print(table)
     for note in lane.notes:
-        out.print(f"  {note}", style="dim", highlight=False, markup=False)
+        out.print(Padding(Text(note, style="dim"), (0, 0, 0, 2)))
     if any(row.get("verdict") for row in lane.rows):
         out.print(f"  {lane.verdict}", style="green" if lane.passed else "bold red")
 

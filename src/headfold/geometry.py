@@ -1,8 +1,7 @@
 """IndexerGeometry: every byte and FLOP formula of the indexer, as plain integers. No torch.
 
 One byte formula serves the planner, the lanes, the tests and the docs. A peak counts what a call allocates beyond its
-inputs (and beyond the incoming gradient), its results included. Formulas of the paths that are not ours were read off
-their operations; tests/test_plan.py holds them to allocator measurements.
+inputs (and beyond the incoming gradient), its results included; tests/test_plan.py holds every bill to measurements.
 """
 
 from __future__ import annotations
@@ -10,23 +9,12 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any
 
+from headfold import bills
+from headfold.bills import Bill
 from headfold.tiles import Tile
 
 ITEMSIZE = {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8}
 PATHS = ("materialized", "per-head loop", "headfold")
-
-
-@dataclass(frozen=True)
-class Bill:
-    """What one path allocates, in bytes beyond its inputs.
-
-    forward: peak without autograd.   held: kept from forward to backward, beyond inputs and scores.
-    training: peak over forward and backward under autograd, scores and gradients included.
-    """
-
-    forward: int
-    held: int
-    training: int
 
 
 @dataclass(frozen=True)
@@ -134,12 +122,19 @@ class IndexerGeometry:
         """Bytes of the float32 [sk, d] sums that half-precision dk is cast from, one batch element at a time."""
         return self.sk * self.dim * 4 if self.itemsize < 4 else 0
 
-    def bill(self, path: str) -> Bill:
-        """Return what a path allocates: one of "materialized", "per-head loop" and "headfold"."""
-        bills = dict(zip(PATHS, (self._materialized, self._loop, self._headfold), strict=True))
-        if path not in bills:
+    def bill(self, path: str, *, causal: bool = False, scale: float = 1.0) -> Bill:
+        """Return what a path allocates: one of "materialized", "per-head loop" and "headfold".
+
+        A mask or a scale costs the other paths bytes of its own; headfold's scratch has room for them in any case.
+        """
+        if path not in PATHS:
             raise ValueError(f"IndexerGeometry.bill: path must be one of {', '.join(PATHS)}, got {path!r}.")
-        return bills[path]()
+        if path == "headfold":
+            return self._headfold()
+        size = self.compute_itemsize
+        shape = (self.b, self.sq, self.sk, self.heads, self.dim)
+        call = bills.Call(*shape, self.itemsize, size, self.relu, causal, scaled=scale != 1.0)
+        return bills.materialized(call) if path == "materialized" else bills.loop(call)
 
     def _headfold(self) -> Bill:
         backward = self.gradients_bytes + self.accumulator_bytes + self.backward_scratch
@@ -148,39 +143,6 @@ class IndexerGeometry:
             held=0,
             training=self.scores_bytes + max(self.forward_scratch, backward),
         )
-
-    def _materialized(self) -> Bill:
-        """Bytes of einsum, relu, times weights, sum over heads. Each step holds its argument and its result.
-
-        The einsum's own operands are copies where q is cast or, for b > 1, brought batch-first; autograd saves those,
-        the rectified intermediate and, when cast, the weights. Backward of the weighting makes two intermediates and
-        dweights.
-        """
-        i, scores, size = self.intermediate_bytes, self.scores_bytes, self.compute_itemsize
-        q, k, weights = (size * n for n in (self.q_elements, self.k_elements, self.weights_elements))
-        cast = self.itemsize < size
-        copied = (q if self.b > 1 or cast else 0) + (k if cast else 0)
-        operands = copied + (q if self.b > 1 and cast else 0)
-        weights_cast = weights if cast else 0
-        held = i + copied + weights_cast
-        return Bill(
-            forward=max(operands + i, 2 * i + weights_cast),
-            held=held,
-            training=scores + held + max(i, 2 * i + weights),
-        )
-
-    def _loop(self) -> Bill:
-        """Bytes of the loop over heads: sum, logits and weighted logits. Autograd keeps every head's rectified logits.
-
-        Backward makes two score-shaped tensors at a time, or two of dq's size: one head's gradient fills a whole dq.
-        """
-        scores, size = self.scores_bytes, self.compute_itemsize
-        q, k, weights = (size * n for n in (self.q_elements, self.k_elements, self.weights_elements))
-        cast = self.itemsize < size
-        held = self.intermediate_bytes + (q + k + weights if cast else 0)
-        one_head = (q + weights) // self.heads + k if cast else 0
-        step = max(2 * scores, 2 * self.q_elements * self.itemsize) + k + weights
-        return Bill(forward=3 * scores + one_head, held=held, training=scores + held + step)
 
     def forward_flops(self, *, causal: bool = False) -> int:
         """FLOPs of the scores: two per multiply-add of the product and of the fold over heads."""

@@ -80,7 +80,8 @@ def spend(got: Tensor, truth: Tensor, bases: Sequence[Tensor], axes: int = 1) ->
     share = torch.where(error == 0, 0.0, error / budget)
     worst = int(share.argmax())
     place = tuple(int(i) for i in torch.unravel_index(torch.tensor(worst), share.shape))
-    return Spent(float(share[place]), float(error[place] / largest[place]), place, int((~same).sum()))
+    relative = float(error[place] / largest[place]) if largest[place] > 0 else float(error[place])
+    return Spent(float(share[place]), relative, place, int((~same).sum()))
 
 
 def spend_all(inputs: Inputs, g: Tensor, **call: Any) -> dict[str, Spent]:

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from importlib.metadata import PackageNotFoundError, version
-from typing import Any
 
 import torch
 
 from headfold import backends
 from headfold.lanes import measure
-from headfold.lanes.record import Column, Lane
+from headfold.lanes.record import Column, Lane, show_facts
 
 COLUMNS = (Column("call", "call"), Column("implementation", "implementation"), Column("why", "why"))
 PACKAGES = ("triton", "numpy", "safetensors", "matplotlib", "transformers", "megatron-core", "attn-gym")
@@ -33,10 +32,10 @@ def doctor() -> Lane:
     return lane
 
 
-def _facts(device: torch.device) -> dict[str, Any]:
+def _facts(device: torch.device) -> dict[str, str]:
     facts = measure.environment(device)
-    facts["memory free"] = f"{measure.free_memory(device):,} bytes"
-    return facts
+    facts["memory_free_bytes"] = measure.free_memory(device)
+    return show_facts(facts)
 
 
 def _installed(package: str) -> str:

@@ -23,6 +23,7 @@ COLUMNS = (
     Column("error", "relative error of that row", "ratio"),
     Column("row", "worst row"),
     Column("verdict", "verdict"),
+    Column("note", "note"),
 )
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 # Query rows and keys of a capture or geometry that the budgets look at: the truth is materialised in float64.
@@ -78,7 +79,7 @@ def _gradcheck(name: str, call: dict[str, Any], device: torch.device, impl: str)
     try:
         gradcheck(visible_scores, inputs)
     except GradcheckError as error:
-        return {**row, "verdict": FAIL, "note": str(error)}
+        return {**row, "verdict": FAIL, "note": str(error).splitlines()[0]}
     return {**row, "verdict": PASS}
 
 

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from headfold.geometry import Bill, IndexerGeometry
+from headfold.bills import Bill
+from headfold.lanes.problem import Problem
 from headfold.scores import index_scores
 
 
@@ -29,9 +30,9 @@ class ScorePath:
         q, weights, k = inputs
         return self.forward(q, weights, k, causal, scale)
 
-    def bill(self, geometry: IndexerGeometry) -> Bill:
+    def bill(self, problem: Problem) -> Bill:
         """Return the planned bytes."""
-        return geometry.bill(self.family)
+        return problem.geometry.bill(self.family, causal=problem.causal, scale=problem.scale)
 
 
 def headfold(workspace: int | None = None, label: str = "headfold") -> ScorePath:

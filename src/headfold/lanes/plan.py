@@ -29,7 +29,7 @@ def plan(geometry: IndexerGeometry, *, causal: bool = False) -> Lane:
     g = geometry
     lane = Lane("plan", f"What does the indexer of {describe(g)} cost?", COLUMNS, notes=_notes(g, causal))
     for path in PATHS:
-        bill = g.bill(path)
+        bill = g.bill(path, causal=causal)
         needed = bill.training + g.inputs_bytes
         fits = [name for name, size in DEVICES.items() if needed <= size]
         row: Row = {"path": path, "forward": bill.forward, "held": bill.held, "training": bill.training}
@@ -52,8 +52,8 @@ def _notes(g: IndexerGeometry, causal: bool) -> list[str]:
         f"the scores are {show_bytes(g.scores_bytes)}.",
         f"headfold's scratch is {show_bytes(g.forward_scratch)} forward and {show_bytes(g.backward_scratch)} backward, "
         f"out of a workspace of {show_bytes(DEFAULT_WORKSPACE)} by default.",
-        f"Forward {g.forward_flops(causal=causal) / 1e12:.4g} TFLOP, backward (three products) "
-        f"{g.backward_flops(causal=causal) / 1e12:.4g} TFLOP{' (causal)' if causal else ''}.",
+        f"Forward {g.forward_flops(causal=causal) / 1e9:,.4g} GFLOP, backward (three products) "
+        f"{g.backward_flops(causal=causal) / 1e9:,.4g} GFLOP{' (causal)' if causal else ''}.",
     ]
     if g.topk:
         notes.append(f"The selection itself, [b, sq, topk] int32, is {show_bytes(g.indices_bytes)}.")

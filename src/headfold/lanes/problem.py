@@ -104,9 +104,9 @@ def _read(path: Path) -> tuple[list[Tensor], dict[str, str]]:
                     f"got {', '.join(sorted(present)) or 'none'} (missing {', '.join(missing)})."
                 )
             tensors = [file.get_tensor(name) for name in NAMES]
-    except SafetensorError as error:
+    except (SafetensorError, OSError) as error:
         raise ValueError(
-            f"--inputs: {path.name} must be a safetensors file, got one that does not parse ({error})."
+            f"--inputs: {path.name} must be a safetensors file, got one that does not open ({error})."
         ) from error
     layout = metadata.get("layout", "sbhd")
     if layout not in LAYOUTS:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, TypeVar
@@ -61,8 +62,13 @@ class Lane:
         return [[show(row.get(column.key), column.kind) for column in columns] for row in self.rows]
 
     def to_json(self) -> dict[str, Any]:
-        """Return the lane as JSON types."""
-        return {**asdict(self), "passed": self.passed}
+        """Return the lane as JSON types; JSON has no infinities, so those are text."""
+        rows = [{key: _plain(value) for key, value in row.items()} for row in self.rows]
+        return {**asdict(self), "rows": rows, "passed": self.passed}
+
+
+def _plain(value: Any) -> Any:
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def show(value: Any, kind: Kind) -> str:
@@ -83,6 +89,14 @@ def show(value: Any, kind: Kind) -> str:
 def show_bytes(count: int) -> str:
     """Format bytes with binary units."""
     return humanize.naturalsize(count, binary=True, format="%.4g")
+
+
+def show_facts(facts: dict[str, Any]) -> dict[str, str]:
+    """Format an environment for people: its byte counts with units."""
+    return {
+        name.removesuffix("_bytes").replace("_", " "): show_bytes(value) if name.endswith("_bytes") else str(value)
+        for name, value in facts.items()
+    }
 
 
 def no_track(items: Sequence[T], _: str) -> Iterable[T]:

@@ -13,7 +13,7 @@ from headfold.lanes import figures, measure
 from headfold.lanes.parity import parity
 from headfold.lanes.plan import describe, plan
 from headfold.lanes.problem import Problem
-from headfold.lanes.record import Lane, Track, no_track
+from headfold.lanes.record import Lane, Track, no_track, show_facts
 from headfold.lanes.residency import residency
 from headfold.lanes.speed import speed
 from headfold.presets import SHAPES
@@ -65,10 +65,17 @@ def to_json(problem: Problem, lanes: list[Lane], facts: dict[str, Any]) -> dict[
 def _markdown(problem: Problem, lanes: list[Lane], facts: dict[str, Any], drawn: list[Path]) -> str:
     verdict = "kept" if all(lane.passed for lane in lanes) else "BROKEN"
     parts = [f"# headfold: contract {verdict}", f"{describe(problem.geometry)}; {problem.source}."]
-    parts.append(", ".join(f"{name} {value}" for name, value in facts.items()))
+    parts.append(", ".join(f"{name} {value}" for name, value in show_facts(facts).items()))
     parts += [f"![{CAPTIONS[path.name]}]({path.name})" for path in drawn]
     for lane in lanes:
         parts.append(f"## {lane.name}: {lane.verdict}\n\n{lane.question}")
-        parts.append(tabulate(lane.cells(), [column.title for column in lane.filled_columns()], tablefmt="github"))
+        parts.append(
+            tabulate(
+                lane.cells(),
+                [column.title for column in lane.filled_columns()],
+                tablefmt="github",
+                disable_numparse=True,
+            )
+        )
         parts.append("\n".join(f"- {note}" for note in lane.notes))
     return "\n\n".join(parts) + "\n"

@@ -79,13 +79,13 @@ def _ours(g: IndexerGeometry, workspace: int | None) -> list[ScorePath]:
 
 
 def _measure(problem: Problem, path: ScorePath, phase: str, device: torch.device, *, process: bool) -> list[Row]:
-    bill = path.bill(problem.geometry)
+    bill = path.bill(problem)
     planned = bill.forward if phase == FORWARD else bill.training
     row: Row = {"path": path.name, "phase": phase, "planned": planned}
     needed = planned + problem.geometry.inputs_bytes + problem.geometry.scores_bytes + PROCESS_SLACK
     free = measure.free_memory(device)
     if needed > free:
-        note = f"needs {needed:,} bytes ({show_bytes(needed)}), {show_bytes(free)} are free"
+        note = f"needs {needed:,} bytes ({show_bytes(needed)}) with inputs and slack, {show_bytes(free)} are free"
         return [{**row, "verdict": SKIP, "note": note}]
     if phase == FORWARD:
         run = prepare_forward(problem, path, device)
@@ -129,16 +129,22 @@ def _warm(problem: Problem, path: ScorePath, device: torch.device) -> None:
 def _judge(row: Row, problem: Problem, path: ScorePath) -> Row:
     planned, measured = row["planned"], row["measured"]
     row["ratio"] = measured / planned if planned else None
-    row["verdict"] = PASS if LEAST_SHARE * planned <= measured <= planned else FAIL
+    row["verdict"] = PASS
+    if measured > planned:
+        row |= {"verdict": FAIL, "note": f"{measured - planned:,} bytes above planned"}
+    elif measured < LEAST_SHARE * planned:
+        row |= {"verdict": FAIL, "note": f"below {LEAST_SHARE} of planned"}
     if path.family == "headfold" and row["phase"] != HELD:
         g = problem.geometry
         results = g.scores_bytes + (g.gradients_bytes + g.accumulator_bytes if row["phase"] == TRAINING else 0)
         workspace = DEFAULT_WORKSPACE if path.workspace is None else path.workspace
         row["beyond_results"] = measured - results
         row["bound"] = workspace + SMALL_CHANGE
+        said = f"{show_bytes(max(0, measured - results))} beyond results"
         if row["beyond_results"] > row["bound"]:
             row["verdict"] = FAIL
-        row["note"] = f"{show_bytes(max(0, measured - results))} beyond results"
+            said = f"{row['beyond_results'] - row['bound']:,} bytes above workspace and results"
+        row["note"] = f"{row['note']}; {said}" if "note" in row else said
     return row
 
 
@@ -150,7 +156,8 @@ def _with_process(row: Row, problem: Problem, path: ScorePath) -> Row:
     if peak is None:
         row["note"] = "the process did not survive, or this system does not tell its peak"
     elif peak > row["process_bound"]:
-        row["verdict"] = FAIL
+        said = f"process {peak - row['process_bound']:,} bytes above its bound"
+        row |= {"verdict": FAIL, "note": f"{row['note']}; {said}" if "note" in row else said}
     return row
 
 

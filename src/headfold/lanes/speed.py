@@ -98,11 +98,11 @@ def speed(
 
 
 def _skipped(problem: Problem, path: ScorePath, device: torch.device) -> Row | None:
-    needed = path.bill(problem.geometry).training + problem.geometry.inputs_bytes + problem.geometry.scores_bytes
+    needed = path.bill(problem).training + problem.geometry.inputs_bytes + problem.geometry.scores_bytes
     free = measure.free_memory(device)
     if needed <= free:
         return None
-    note = f"needs {needed:,} bytes ({show_bytes(needed)}), {show_bytes(free)} are free"
+    note = f"needs {needed:,} bytes ({show_bytes(needed)}) with inputs, {show_bytes(free)} are free"
     return {"path": path.name, "phase": BOTH, "verdict": SKIP, "note": note}
 
 
