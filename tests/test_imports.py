@@ -18,7 +18,7 @@ FLOORS = [
     ["contract", "presets"],
     ["materialized", "backends"],
     ["ops"],
-    ["scores"],
+    ["scores", "selection"],
     ["lanes"],
     ["cli"],
 ]

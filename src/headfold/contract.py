@@ -114,6 +114,14 @@ def one_of(op: str, name: str, value: object, choices: Sequence[object]) -> None
         raise ValueError(f"{op}: {name} must be one of {', '.join(map(repr, choices))}, got {value!r}.")
 
 
+def at_least(op: str, name: str, value: object, least: int) -> None:
+    """Refuse what is not an int, or is one below `least`."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{op}: {name} must be an int, got {type(value).__name__}.")
+    if value < least:
+        raise ValueError(f"{op}: {name} must be at least {least}, got {value}.")
+
+
 def floating(op: str, name: str, x: object) -> None:
     """Refuse what is not a tensor of a supported floating dtype."""
     if not isinstance(x, Tensor):

@@ -42,6 +42,15 @@ def index_scores(call: ScoreCall) -> Tensor:
         return scores if hidden is None else scores.masked_fill(hidden, float("-inf"))
 
 
+def index_topk(call: ScoreCall, topk: int, with_scores: bool, index_dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
+    """Indices [b, sq, topk] by a stable sort of the whole score matrix, and their scores if asked for."""
+    best, indices = torch.sort(index_scores(call) + 0.0, dim=-1, descending=True, stable=True)
+    best = torch.nn.functional.pad(best[..., :topk], (0, max(0, topk - best.shape[-1])), value=float("-inf"))
+    indices = torch.nn.functional.pad(indices[..., :topk], (0, max(0, topk - indices.shape[-1])), value=-1)
+    indices = indices.masked_fill(best == float("-inf"), -1)
+    return indices.to(index_dtype), best if with_scores else None
+
+
 def invisible(call: ScoreCall) -> Tensor | None:
     """Boolean [1 or b, sq, sk], true where the row may not see the key; None when every key is visible."""
     sq, sk = call.q.shape[1], call.k.shape[1]

@@ -101,6 +101,37 @@ index_scores.register_autograd(_backward, setup_context=_save)
 index_scores_backward.register_autograd(_refuse, setup_context=_nothing)
 
 
+@torch.library.custom_op("headfold::index_topk", mutates_args=())
+def index_topk(
+    q: Tensor,
+    weights: Tensor | None,
+    k: Tensor,
+    start: Tensor | None,
+    end: Tensor | None,
+    bias: Tensor | None,
+    offset: int | None,
+    ratio: int,
+    relu: bool,
+    scale: float,
+    topk: int,
+    with_scores: bool,
+    index_dtype: torch.dtype,
+    workspace: int,
+) -> tuple[Tensor, Tensor]:
+    """Run the selecting fold; scores not asked for are an empty tensor."""
+    rest = topk, with_scores, index_dtype, workspace
+    indices, scores = eager.index_topk(q, weights, k, start, end, bias, offset, ratio, relu, scale, *rest)
+    return indices, q.new_empty(0) if scores is None else scores
+
+
+@index_topk.register_fake
+def _(q: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    topk, with_scores, index_dtype, _ = rest[-4:]
+    shape = q.shape[0], q.shape[1], topk
+    scores = q.new_empty(shape, dtype=compute_dtype(q.dtype)) if with_scores else q.new_empty(0)
+    return q.new_empty(shape, dtype=index_dtype), scores
+
+
 @register_flop_formula(torch.ops.headfold.index_scores)
 def _forward_flops(q: Any, weights: Any, k: Any, *rest: Any, out_shape: Any = None, **_: Any) -> int:
     b, sq, h, d = q
@@ -115,3 +146,10 @@ def _backward_flops(g: Any, q: Any, weights: Any, k: Any, *rest: Any, out_shape:
     need_q, need_weights, need_k = rest[-3:]
     products = 1 + need_q + need_k if relu else (need_q or need_weights) + need_k
     return score_flops(b, sq, k[1], h, d, products=products, relu=relu, offset=offset, ratio=ratio)
+
+
+@register_flop_formula(torch.ops.headfold.index_topk)
+def _topk_flops(q: Any, weights: Any, k: Any, *rest: Any, out_shape: Any = None, **_: Any) -> int:
+    b, sq, h, d = q
+    offset, ratio, relu = rest[3:6]
+    return score_flops(b, sq, k[1], h, d, products=1, relu=relu, offset=offset, ratio=ratio)

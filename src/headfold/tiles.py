@@ -80,6 +80,39 @@ class Tile:
         return self.forward_bytes + 2 * self.query_bytes + self.weight_bytes + partial
 
 
+@dataclass(frozen=True)
+class Selection:
+    """A fold of tiles into the best `kept` keys of each row; `chunk` keys may wait beside them between two selections.
+
+    The chunk is what the workspace leaves, in whole tiles; what is selected does not depend on it.
+    """
+
+    tile: Tile
+    kept: int
+    chunk: int
+
+    @classmethod
+    def of(cls, tile: Tile, sk: int, topk: int, workspace: int) -> Selection:
+        """Return the widest selection that fits the workspace, or the narrowest there is."""
+        least = cls(tile, min(topk, sk), tile.keys)
+        spare = max(0, workspace - least.scratch_bytes) // (tile.rows * least.candidate_bytes * tile.keys)
+        most = -(-sk // tile.keys)
+        return cls(tile, least.kept, tile.keys * max(1, min(1 + spare, most)))
+
+    @property
+    def candidate_bytes(self) -> int:
+        """Bytes of one waiting candidate: a packed int64; for float64 a score, a key, and both again sorted."""
+        return 8 if self.tile.size == 4 else 8 + 4 + 16
+
+    @property
+    def scratch_bytes(self) -> int:
+        """Scratch of the fold: that of the scores, the candidates, and the kept ones with their places and marks."""
+        rows = self.tile.rows
+        candidates = rows * (self.kept + self.chunk) * self.candidate_bytes
+        order = 4 * rows * self.tile.keys + 4 * self.tile.keys + 64
+        return self.tile.forward_bytes + candidates + rows * self.kept * 17 + order
+
+
 def blocks(stop: int, step: int, start: int = 0) -> Iterator[tuple[int, int]]:
     """Yield (first, end) of each block of `step` from `start` up to `stop`; the last may be short."""
     for first in range(start, stop, step):
