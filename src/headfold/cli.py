@@ -19,7 +19,8 @@ from rich.progress import track as rich_track
 from rich.table import Table
 from rich.text import Text
 
-from headfold.contract import UnsupportedError
+from headfold.backends import IMPLEMENTATIONS
+from headfold.contract import UnsupportedError, one_of
 from headfold.geometry import IndexerGeometry
 from headfold.lanes import report
 from headfold.lanes.doctor import doctor as run_doctor
@@ -84,6 +85,7 @@ def parity(
     as_json: Json = False,
 ) -> None:
     """Check gradients by float64 gradcheck, then error budgets dtype by dtype."""
+    one_of("parity", "--impl", impl, IMPLEMENTATIONS)
     where = _device(device, threads)
     if preset is not None and tokens is None:
         tokens = 512  # the budgets look at fewer rows than that
@@ -177,7 +179,7 @@ def prove(
     _make_folder(folder)
     lanes = report.prove(problem, where, rounds=rounds, full=full, track=_track(as_json))
     report.write(folder, problem, lanes, where)
-    err.print(f"report: {folder / 'report.md'}")
+    err.print(f"report: {folder / 'report.md'}", markup=False, highlight=False, soft_wrap=True)
     _finish(lanes, as_json)
 
 
