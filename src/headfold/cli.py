@@ -70,7 +70,7 @@ def plan(
     as_json: Json = False,
 ) -> None:
     """Bytes and FLOPs of a geometry, per path, against device memory. Runs nothing."""
-    _finish([run_plan(_geometry(preset, shape, tokens, batch, dtype), causal=causal)], as_json)
+    _finish([run_plan(_problem(preset, shape, None, tokens, batch, dtype, causal).geometry, causal=causal)], as_json)
 
 
 @app.command()
@@ -212,6 +212,9 @@ def _problem(
     causal: bool,
 ) -> Problem:
     if inputs is None:
+        if causal and preset is not None and find_preset(preset).ratio > 1:
+            ratio = find_preset(preset).ratio
+            raise ValueError(f"--causal: needs one key a position, got --preset {preset} with {ratio} positions a key.")
         return Problem(_geometry(preset, shape, tokens, batch, dtype), causal)
     _exclude(
         "--inputs",
