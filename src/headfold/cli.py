@@ -168,7 +168,7 @@ def prove(
         bool, typer.Option("--full", help="Add the residency of the seed's full shape (minutes, 6 GiB).")
     ] = False,
     folder: Annotated[Path, typer.Option("--report", help="Where the report goes.")] = Path("report"),
-    rounds: Rounds = 3,
+    rounds: Rounds = 2,
     device: Device = "cpu",
     threads: Threads = None,
     as_json: Json = False,
