@@ -140,7 +140,7 @@ def test_a_plan_that_misses_the_measurement_fails(share: float, monkeypatch: pyt
         return Bill(int(found.forward * share), found.held, found.training) if path == "materialized" else found
 
     monkeypatch.setattr(IndexerGeometry, "bill", bill)
-    lane = residency(TINY, CPU, process=False)
+    lane = residency(Problem(IndexerGeometry(1, 256, 256, 8, 16)), CPU, process=False)
     assert [(row["path"], row["phase"]) for row in lane.rows if row["verdict"] == FAIL] == [("materialized", "forward")]
     assert not lane.passed
 
