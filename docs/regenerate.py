@@ -1,6 +1,6 @@
 """Write the measured tables and figures of the README and docs from docs/results/report.json.
 
-    headfold prove --full --rounds 5 --threads 2 --report docs/results     # measures
+    headfold prove --full --rounds 3 --threads 2 --report docs/results     # measures
     python docs/regenerate.py                                              # writes it into the pages
     python docs/regenerate.py --check                                      # exits 1 when a page says otherwise
 

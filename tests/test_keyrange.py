@@ -49,6 +49,16 @@ def test_at_positions_sees_up_to_its_own_position() -> None:
     assert torch.equal(compressed, rule(3, 8, lambda s, t: t < (positions[s] + 1) // 4))
 
 
+@pytest.mark.parametrize("offset", [2**31 - 1, 2**31 - 5, -(2**31)])
+def test_static_bounds_beside_tensors_do_not_wrap(offset: int) -> None:
+    keys = KeyRange(torch.zeros(5, dtype=torch.int32), offset=offset)
+    assert visible(keys, 5, 6).all() if offset > 0 else not visible(keys, 5, 6).any()
+
+
+def test_positions_of_a_narrow_integer_type_do_not_wrap() -> None:
+    assert visible(KeyRange.at_positions(torch.tensor([255, 3], dtype=torch.uint8)), 2, 9).sum(-1).tolist() == [[9, 4]]
+
+
 def test_at_positions_per_batch_element() -> None:
     seen = visible(KeyRange.at_positions(torch.tensor([[0, 1], [2, 3]])), 2, 4, b=2)
     assert seen.sum(-1).tolist() == [[1, 2], [3, 4]]
@@ -116,11 +126,24 @@ def test_and_of_two_ratios_needs_a_row_count_and_says_so() -> None:
         (lambda: KeyRange(ratio=0), ValueError, "ratio must be at least 1, got 0"),
         (lambda: KeyRange.causal(4, 1, ratio=4), ValueError, "offset must be given when ratio is not 1, got ratio 4"),
         (lambda: KeyRange.at_positions(torch.zeros(3)), TypeError, "positions must be integers, got torch.float32"),
+        (lambda: KeyRange(offset=2**31), ValueError, "offset must be at most 2147483647, got 2147483648"),
+        (lambda: KeyRange.at_positions([1, 2]), TypeError, "positions must be an integer tensor, got list"),  # type: ignore[arg-type]
+        (lambda: KeyRange.at_positions(torch.zeros(3).int(), ratio=0), ValueError, "ratio must be at least 1, got 0"),
+        (
+            lambda: KeyRange.packed(torch.zeros(2).int(), torch.zeros(2).int(), total_q=-2),
+            ValueError,
+            "total_q must be at least 0, got -2",
+        ),
+        (
+            lambda: KeyRange(torch.zeros(3).int()) & KeyRange(torch.zeros(4).int()),
+            ValueError,
+            "one number of rows, got 3 and 4",
+        ),
         (lambda: KeyRange.sliding(3, 3, -1), ValueError, "window must be at least 0, got -1"),
         (
             lambda: KeyRange.packed(torch.zeros(2), torch.zeros(2), total_q=1),
-            ValueError,
-            r"cu_seqlens_q must be an integer tensor \[n \+ 1\], got torch.float32 \[2\]",
+            TypeError,
+            "cu_seqlens_q must be integers, got torch.float32",
         ),
         (
             lambda: KeyRange.packed(torch.tensor([0, 1]), torch.tensor([0, 1, 2]), total_q=1),

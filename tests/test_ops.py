@@ -5,11 +5,13 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint
 
 from cases import CASES, Case
-from headfold import KeyRange, index_scores, ops
+from headfold import KeyRange, UnsupportedError, index_scores, ops
 from headfold.backends import eager
+from headfold.backends.eager import walks
 from headfold.contract import score_call
 from headfold.lanes.budget import DEFAULTS
 from reads import DataRead, no_data_reads
@@ -154,6 +156,21 @@ def test_autocast_changes_no_gradient(dtype: torch.dtype) -> None:
     assert all(map(torch.equal, cast, plain))
 
 
+def test_the_bodies_run_with_autocast_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[bool] = []
+    product = walks._Scratch.product
+
+    def watched(self: walks._Scratch, q: Tensor, k: Tensor) -> Tensor:
+        seen.append(torch.is_autocast_enabled("cpu"))
+        return product(self, q, k)
+
+    monkeypatch.setattr(walks._Scratch, "product", watched)
+    inputs = leaves(Case(4, 5, h=2, d=3))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        torch.autograd.grad(index_scores(*inputs).sum(), inputs)
+    assert seen == [False, False]
+
+
 def test_no_grad_and_inference_mode_give_the_same_scores() -> None:
     inputs = leaves(Case(20, 21, h=3, d=8))
     expected = index_scores(*inputs)
@@ -197,6 +214,25 @@ def test_double_backward_raises_a_sentence_of_ours() -> None:
     (dq,) = torch.autograd.grad(index_scores(*inputs), inputs[:1], g, create_graph=True)
     with pytest.raises(RuntimeError, match="headfold: index_scores can be differentiated once"):
         dq.sum().backward()
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit.script:DeprecationWarning")  # forward mode's own imports
+@pytest.mark.parametrize("dual", ["torch.func", "forward_ad"])
+def test_forward_mode_is_refused_and_points_to_the_path_that_can(dual: str) -> None:
+    q, weights, k = (x.detach() for x in leaves(Case(4, 5, h=2, d=3)))
+
+    def tangent(impl: str) -> Tensor | None:
+        if dual == "torch.func":
+            moved: Tensor = torch.func.jvp(lambda x: index_scores(x, weights, k, impl=impl), (q,), (q,))[1]
+            return moved
+        with forward_ad.dual_level():
+            scores = index_scores(forward_ad.make_dual(q, q), weights, k, impl=impl)
+            found: Tensor | None = forward_ad.unpack_dual(scores).tangent
+            return found
+
+    with pytest.raises(UnsupportedError, match="reverse mode only"):
+        tangent("eager")
+    torch.testing.assert_close(tangent("materialized"), index_scores(q, weights, k))  # scores are linear along q
 
 
 def test_the_materialised_path_can_be_differentiated_twice_as_the_sentence_says() -> None:

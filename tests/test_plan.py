@@ -25,10 +25,11 @@ from headfold.lanes.residency import LEAST_SHARE
 from headfold.presets import PRESETS, SHAPES, find_preset, parse_shape
 
 CPU = torch.device("cpu")
+Shape = tuple[int, int, int, int, int]
 FULL = IndexerGeometry(8, 4096, 4096, 32, 128)
 MAKERS = {"materialized": paths.materialized, "per-head loop": paths.loop, "headfold": paths.headfold}
 # b, sq, sk, h, d: few heads and many, more rows than keys and fewer, keys or channels wider than everything else.
-MEASURED = [
+MEASURED: list[Shape] = [
     (1, 64, 128, 4, 32),
     (2, 64, 32, 4, 32),
     (1, 128, 64, 16, 64),
@@ -66,7 +67,7 @@ def misses(problem: Problem, path: str) -> dict[str, tuple[int, int]]:
 
 @pytest.fixture(autouse=True, scope="module")
 def warm() -> Iterator[None]:
-    """Let the libraries allocate what they keep for good, and spare the collector before each measurement their heap."""
+    """Let the libraries allocate what they keep for good; spare the collector the heap at every measurement."""
     for path in PATHS:
         peaks(Problem(IndexerGeometry(1, 8, 8, 2, 8)), path)
     gc.collect()
@@ -78,13 +79,13 @@ def warm() -> Iterator[None]:
 @pytest.mark.parametrize("dtype", ITEMSIZE)
 @pytest.mark.parametrize("shape", MEASURED, ids=str)
 @pytest.mark.parametrize("path", PATHS)
-def test_bills_are_what_the_allocator_measures(path: str, shape: tuple[int, ...], dtype: str) -> None:
+def test_bills_are_what_the_allocator_measures(path: str, shape: Shape, dtype: str) -> None:
     assert misses(Problem(IndexerGeometry(*shape, dtype=dtype)), path) == {}
 
 
 @pytest.mark.parametrize("shape", [(2, 64, 48, 1, 16), (1, 48, 64, 4, 16), (1, 300, 40, 8, 128)], ids=str)
 @pytest.mark.parametrize("path", PATHS)
-def test_bills_count_the_mask_and_the_scale(path: str, shape: tuple[int, ...]) -> None:
+def test_bills_count_the_mask_and_the_scale(path: str, shape: Shape) -> None:
     for causal, scale in ((True, 1.0), (False, 0.5), (True, 0.5)):
         for dtype in ("bfloat16", "float32"):
             assert misses(Problem(IndexerGeometry(*shape, dtype=dtype), causal, scale), path) == {}

@@ -81,6 +81,21 @@ def test_a_gradient_that_nobody_needs_is_not_allocated(keep: set[int]) -> None:
 
 def test_strides_do_not_change_the_bill() -> None:
     q, weights, k = (x.detach() for x in inputs(BIG, "float32"))
-    strided = q.transpose(2, 3).contiguous().transpose(2, 3), weights, k.transpose(0, 1).contiguous().transpose(0, 1)
-    plain, moved = (allocator_peak(partial(index_scores, *x), CPU).peak for x in ((q, weights, k), strided))
-    assert plain == moved
+    g = BIG.incoming().float()
+
+    def peaks(*x: Tensor) -> tuple[int, int]:
+        leaves = [t.requires_grad_() for t in x]
+        forward = allocator_peak(partial(index_scores, *leaves), CPU)
+        return forward.peak, allocator_peak(partial(torch.autograd.grad, forward.result, leaves, g), CPU).peak
+
+    plain = peaks(q, weights, k)
+    assert (
+        peaks(q.transpose(2, 3).contiguous().transpose(2, 3), weights, k.transpose(0, 1).contiguous().transpose(0, 1))
+        == plain
+    )
+    assert peaks(q, weights, k.permute(0, 2, 1).contiguous().permute(0, 2, 1)) == plain
+
+
+def test_the_widest_heads_fit_the_default_workspace() -> None:
+    assert IndexerGeometry(1, 512, 512, 4, 3072).backward_scratch <= DEFAULT_WORKSPACE
+    assert IndexerGeometry(1, 512, 512, 64, 512, dtype="float64").backward_scratch <= DEFAULT_WORKSPACE

@@ -19,7 +19,8 @@ from rich.progress import track as rich_track
 from rich.table import Table
 from rich.text import Text
 
-from headfold.contract import UnsupportedError
+from headfold.backends import IMPLEMENTATIONS
+from headfold.contract import UnsupportedError, one_of
 from headfold.geometry import IndexerGeometry
 from headfold.lanes import report
 from headfold.lanes.doctor import doctor as run_doctor
@@ -69,7 +70,7 @@ def plan(
     as_json: Json = False,
 ) -> None:
     """Bytes and FLOPs of a geometry, per path, against device memory. Runs nothing."""
-    _finish([run_plan(_geometry(preset, shape, tokens, batch, dtype), causal=causal)], as_json)
+    _finish([run_plan(_problem(preset, shape, None, tokens, batch, dtype, causal).geometry, causal=causal)], as_json)
 
 
 @app.command()
@@ -84,6 +85,7 @@ def parity(
     as_json: Json = False,
 ) -> None:
     """Check gradients by float64 gradcheck, then error budgets dtype by dtype."""
+    one_of("parity", "--impl", impl, IMPLEMENTATIONS)
     where = _device(device, threads)
     if preset is not None and tokens is None:
         tokens = 512  # the budgets look at fewer rows than that
@@ -166,7 +168,7 @@ def prove(
         bool, typer.Option("--full", help="Add the residency of the seed's full shape (minutes, 6 GiB).")
     ] = False,
     folder: Annotated[Path, typer.Option("--report", help="Where the report goes.")] = Path("report"),
-    rounds: Rounds = 3,
+    rounds: Rounds = 2,
     device: Device = "cpu",
     threads: Threads = None,
     as_json: Json = False,
@@ -177,7 +179,7 @@ def prove(
     _make_folder(folder)
     lanes = report.prove(problem, where, rounds=rounds, full=full, track=_track(as_json))
     report.write(folder, problem, lanes, where)
-    err.print(f"report: {folder / 'report.md'}")
+    err.print(f"report: {folder / 'report.md'}", markup=False, highlight=False, soft_wrap=True)
     _finish(lanes, as_json)
 
 
@@ -210,6 +212,9 @@ def _problem(
     causal: bool,
 ) -> Problem:
     if inputs is None:
+        if causal and preset is not None and find_preset(preset).ratio > 1:
+            ratio = find_preset(preset).ratio
+            raise ValueError(f"--causal: needs one key a position, got --preset {preset} with {ratio} positions a key.")
         return Problem(_geometry(preset, shape, tokens, batch, dtype), causal)
     _exclude(
         "--inputs",

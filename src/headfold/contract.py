@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from headfold.keyrange import KeyRange
 from headfold.layout import AXES, LAYOUTS, batch_first
@@ -163,6 +164,16 @@ def enough_workspace(op: str, needed: int, workspace: int) -> None:
 def wants_grad(*inputs: Tensor | None) -> bool:
     """Whether autograd will run backward to any of the inputs."""
     return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
+
+
+def reverse_mode_only(op: str, *inputs: Tensor | None) -> None:
+    """Refuse inputs that carry a forward-mode tangent, which an op without a forward formula would drop silently."""
+    if torch.compiler.is_compiling():
+        return
+    if any(x is not None and forward_ad.unpack_dual(x).tangent is not None for x in inputs):
+        raise UnsupportedError(
+            f'{op}: differentiates in reverse mode only, got a forward-mode tangent. Use impl="materialized".'
+        )
 
 
 def _bounds(

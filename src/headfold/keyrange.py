@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+INT32 = 2**31 - 1
+
 
 @dataclass(frozen=True, eq=False)
 class KeyRange:
@@ -43,10 +45,8 @@ class KeyRange:
                 raise TypeError(f"KeyRange: {name} must be an int32 tensor, got {got}. Convert it with .int().")
             if bound.dim() not in (1, 2):
                 raise ValueError(f"KeyRange: {name} must be [sq] or [b, sq], got shape {list(bound.shape)}.")
-        _static_int("offset", self.offset, optional=True)
-        _static_int("ratio", self.ratio)
-        if self.ratio < 1:
-            raise ValueError(f"KeyRange: ratio must be at least 1, got {self.ratio}.")
+        _static_int("KeyRange", "offset", self.offset, -INT32 - 1, optional=True)
+        _static_int("KeyRange", "ratio", self.ratio, 1)
 
     @classmethod
     def causal(cls, sq: int, sk: int, *, offset: int | None = None, ratio: int = 1) -> KeyRange:
@@ -72,10 +72,10 @@ class KeyRange:
             positions: integer [sq] or [b, sq].
             ratio: positions per key.
         """
-        if positions.is_floating_point() or positions.is_complex() or positions.dtype == torch.bool:
-            raise TypeError(f"KeyRange.at_positions: positions must be integers, got {positions.dtype}.")
-        end = torch.div(positions + 1, ratio, rounding_mode="floor")
-        return cls(end=end.clamp(min=0).to(torch.int32))
+        _integers("KeyRange.at_positions", "positions", positions)
+        _static_int("KeyRange.at_positions", "ratio", ratio, 1)
+        end = torch.div(positions.long() + 1, ratio, rounding_mode="floor")
+        return cls(end=end.clamp(0, INT32).int())
 
     @classmethod
     def packed(cls, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, *, total_q: int, causal: bool = True) -> KeyRange:
@@ -91,16 +91,17 @@ class KeyRange:
             causal: whether the last row of a sequence is aligned with its last key.
         """
         for name, cu in (("cu_seqlens_q", cu_seqlens_q), ("cu_seqlens_k", cu_seqlens_k)):
-            if cu.dim() != 1 or cu.numel() < 1 or cu.is_floating_point():
-                raise ValueError(
-                    f"KeyRange.packed: {name} must be an integer tensor [n + 1], got {cu.dtype} {list(cu.shape)}."
-                )
+            _integers("KeyRange.packed", name, cu)
+            if cu.dim() != 1 or cu.numel() < 1:
+                raise ValueError(f"KeyRange.packed: {name} must be [n + 1], got shape {list(cu.shape)}.")
         if cu_seqlens_q.shape != cu_seqlens_k.shape:
             raise ValueError(
                 "KeyRange.packed: cu_seqlens_q and cu_seqlens_k must have one length, "
                 f"got {list(cu_seqlens_q.shape)} and {list(cu_seqlens_k.shape)}."
             )
-        rows = torch.arange(total_q, device=cu_seqlens_q.device, dtype=cu_seqlens_q.dtype)
+        _static_int("KeyRange.packed", "total_q", total_q, 0)
+        cu_seqlens_q, cu_seqlens_k = cu_seqlens_q.long(), cu_seqlens_k.long()
+        rows = torch.arange(total_q, device=cu_seqlens_q.device)
         if cu_seqlens_q.numel() == 1:
             empty = torch.zeros_like(rows, dtype=torch.int32)
             return cls(start=empty, end=empty)
@@ -116,8 +117,7 @@ class KeyRange:
     @classmethod
     def sliding(cls, sq: int, sk: int, window: int, *, device: torch.device | str | None = None) -> KeyRange:
         """Causal (bottom-right), and at most the `window` latest keys of each row."""
-        if window < 0:
-            raise ValueError(f"KeyRange.sliding: window must be at least 0, got {window}.")
+        _static_int("KeyRange.sliding", "window", window, 0)
         offset = sk - sq
         first = torch.arange(sq, device=device, dtype=torch.int32) + (1 + offset - window)
         return cls(start=first.clamp(min=0), offset=offset)
@@ -139,20 +139,34 @@ class KeyRange:
                 f"KeyRange: two static bounds of different ratio, {self.ratio} and {other.ratio}, do not fit one "
                 "record; give one of them as positions with KeyRange.at_positions."
             )
-        position = torch.arange(rows.shape[-1], device=rows.device, dtype=torch.int32)
-        bound = torch.div(position + (1 + other.offset), other.ratio, rounding_mode="floor").clamp(min=0)
-        return KeyRange(start, _merge(end, bound, torch.minimum), self.offset, self.ratio)
+        position = torch.arange(rows.shape[-1], device=rows.device)
+        bound = torch.div(position + (1 + other.offset), other.ratio, rounding_mode="floor").clamp(0, INT32)
+        return KeyRange(start, _merge(end, bound.int(), torch.minimum), self.offset, self.ratio)
 
 
 def _merge(a: Tensor | None, b: Tensor | None, combine: Callable[[Tensor, Tensor], Tensor]) -> Tensor | None:
     if a is None or b is None:
         return b if a is None else a
+    if a.shape[-1] != b.shape[-1]:
+        raise ValueError(f"KeyRange: both ranges must have one number of rows, got {a.shape[-1]} and {b.shape[-1]}.")
     return combine(a, b)
 
 
-def _static_int(name: str, value: object, *, optional: bool = False) -> None:
-    if (value is None and optional) or (isinstance(value, (int, torch.SymInt)) and not isinstance(value, bool)):
+def _integers(where: str, name: str, x: object) -> None:
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{where}: {name} must be an integer tensor, got {type(x).__name__}.")
+    if x.is_floating_point() or x.is_complex() or x.dtype == torch.bool:
+        raise TypeError(f"{where}: {name} must be integers, got {x.dtype}.")
+
+
+def _static_int(where: str, name: str, value: object, least: int, *, optional: bool = False) -> None:
+    if value is None and optional:
         return
-    raise TypeError(
-        f"KeyRange: {name} must be a Python int{' or None' if optional else ''}, got {type(value).__name__}."
-    )
+    if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
+        raise TypeError(
+            f"{where}: {name} must be a Python int{' or None' if optional else ''}, got {type(value).__name__}."
+        )
+    if value < least:
+        raise ValueError(f"{where}: {name} must be at least {least}, got {value}.")
+    if value > INT32:
+        raise ValueError(f"{where}: {name} must be at most {INT32}, got {value}.")

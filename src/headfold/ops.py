@@ -6,6 +6,7 @@ undecorated functions of the backend; nothing is computed here.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NoReturn
 
 import torch
@@ -70,9 +71,10 @@ def index_scores_backward(
 
 @index_scores_backward.register_fake
 def _(g: Tensor, q: Tensor, weights: Tensor | None, k: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+    likes: tuple[Callable[[Tensor], Tensor], ...] = (torch.empty_like, torch.empty_like, eager.empty_rows_like)
     dq, dweights, dk = (
-        torch.empty_like(x) if need and x is not None else q.new_empty(0)
-        for x, need in zip((q, weights, k), rest[-3:], strict=True)
+        like(x) if need and x is not None else q.new_empty(0)
+        for like, x, need in zip(likes, (q, weights, k), rest[-3:], strict=True)
     )
     return dq, dweights, dk
 

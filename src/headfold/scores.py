@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from headfold import backends, materialized, ops
 from headfold.backends import eager
-from headfold.contract import enough_workspace, score_call, wants_grad
+from headfold.contract import enough_workspace, reverse_mode_only, score_call, wants_grad
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -53,7 +53,7 @@ def index_scores(
     Nothing head-shaped is held between forward and backward: only the inputs.
 
     Raises: ValueError or TypeError for a broken contract, before anything is allocated, naming the argument, what it
-    needs and what it got; RuntimeError when differentiated twice.
+    needs and what it got; UnsupportedError for forward-mode tangents; RuntimeError when differentiated twice.
 
     Source: DeepSeek-V3.2 (arXiv:2512.02556), equation 1.
     """
@@ -72,6 +72,7 @@ def index_scores(
     )
     if backends.choose("index_scores", impl) == "materialized":
         return materialized.index_scores(call)
+    reverse_mode_only("index_scores", call.q, call.weights, call.k)
     tile = eager.tile_of(call.q, call.k, call.relu)
     needed = tile.backward_bytes if wants_grad(call.q, call.weights, call.k) else tile.forward_bytes
     enough_workspace("index_scores", needed, call.workspace)

@@ -17,6 +17,8 @@ DEFAULT_WORKSPACE = 64 * MIB
 _LOGITS_BYTES = 6 * MIB
 # Rows of the left operand (query rows x heads) at which the matrix product reaches its rate.
 _PRODUCT_ROWS = 2048
+# One of the backward's three buffers of queries, for heads so wide that 2048 product rows would fill the workspace.
+_QUERY_BYTES = 8 * MIB
 # Staged keys of one tile, so that a decode step (one row, many keys) does not copy the whole key cache at once.
 _KEYS_BYTES = 4 * MIB
 
@@ -39,7 +41,7 @@ class Tile:
     @classmethod
     def of(cls, sq: int, sk: int, h: int, d: int, size: int, *, relu: bool = True) -> Tile:
         """Return the tile for a call of this shape."""
-        rows = max(1, min(sq, _PRODUCT_ROWS // h))
+        rows = max(1, min(sq, _PRODUCT_ROWS // h, _QUERY_BYTES // (h * d * size)))
         fit = _LOGITS_BYTES // (rows * h * size)
         cap = max(64, _KEYS_BYTES // (d * size))
         keys = max(64, min(fit, cap) // 64 * 64)
@@ -70,7 +72,7 @@ class Tile:
         """Scratch of the forward walk: logits, staged q, weights and k, folded scores, bias and masks."""
         staged_key = self.keys * self.d * self.size
         scores_and_masks = self.rows * self.keys * (2 * self.size + 2)
-        positions = 4 * (self.keys + 3 * self.rows) + 64  # and the scalars they are compared with
+        positions = 4 * self.keys + 24 * self.rows + 64  # and the scalars they are compared with
         return self.logits_bytes + self.query_bytes + self.weight_bytes + staged_key + scores_and_masks + positions
 
     @property

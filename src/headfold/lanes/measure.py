@@ -86,8 +86,8 @@ def _quiet_stderr() -> Iterator[None]:
         os.close(saved)
 
 
-def process_peak(run: Callable[[], Any]) -> int | None:
-    """Run `run` in this process and return by how much its resident set peaked above its start; None where not told.
+def process_peak(run: Callable[[], Any]) -> int:
+    """Run `run` in this process and return by how much its resident set peaked above its start.
 
     Meant for a fresh subprocess. Linux keeps the peak since the last reset in /proc; elsewhere there is no reset, so
     the figure is exact only if nothing larger ran before.

@@ -67,6 +67,12 @@ def from_file(path: Path) -> Problem:
             f"--inputs: q, weights and k in {path.name} must agree in b, sq, h and d, "
             f"got (as sbhd) q {list(q.shape)}, weights {list(weights.shape)}, k {list(k.shape)}."
         )
+    if k.dtype != q.dtype:
+        raise ValueError(f"--inputs: k in {path.name} must have q's dtype {q.dtype}, got {k.dtype}.")
+    if metadata.get("layout") == "thd":
+        raise ValueError(
+            f"--inputs: {path.name} must have layout sbhd or bshd, got thd: it does not say where sequences end."
+        )
     causal = metadata.get("causal", "false")
     if causal not in ("true", "false"):
         raise ValueError(f'--inputs: metadata causal of {path.name} must be "true" or "false", got {causal!r}.')
@@ -74,6 +80,8 @@ def from_file(path: Path) -> Problem:
         b, sq, sk, heads, dim, int(_number(path, metadata, "topk", 0)), dtype=str(q.dtype).removeprefix("torch.")
     )
     source = f"{path.name}: {metadata.get('source', 'no source given')}"
+    if weights.dtype != q.dtype:
+        source += f" (weights cast from {weights.dtype} to {q.dtype})"
     return Problem(geometry, causal == "true", _number(path, metadata, "scale", 1.0), path, source)
 
 

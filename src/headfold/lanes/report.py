@@ -17,6 +17,7 @@ from headfold.lanes.record import Lane, Track, no_track, show_facts
 from headfold.lanes.residency import residency
 from headfold.lanes.speed import speed
 from headfold.presets import SHAPES
+from headfold.tiles import DEFAULT_WORKSPACE
 
 CAPTIONS = {
     "bytes.svg": "Planned peak of a training step by sequence length",
@@ -36,7 +37,8 @@ def prove(
         speed(problem, device, rounds=rounds, track=track),
     ]
     if full:
-        large = residency(Problem(SHAPES["full"]), device, track=track)
+        # One workspace, and no loop: it fits but takes minutes (`headfold residency --full` has both).
+        large = residency(Problem(SHAPES["full"]), device, workspace=DEFAULT_WORKSPACE, with_loop=False, track=track)
         large.name, large.question = "residency, full shape", f"And at {describe(SHAPES['full'])}?"
         lanes.insert(3, large)
     return lanes

@@ -1,7 +1,15 @@
 """PyTorch tiles, on any device."""
 
-from headfold.backends.eager.scores import index_scores, index_scores_backward
+from headfold.backends.eager.scores import empty_rows_like, index_scores, index_scores_backward
 from headfold.backends.eager.topk import index_topk
 from headfold.backends.eager.walks import BackwardWalk, ForwardWalk, tile_of
 
-__all__ = ["BackwardWalk", "ForwardWalk", "index_scores", "index_scores_backward", "index_topk", "tile_of"]
+__all__ = [
+    "BackwardWalk",
+    "ForwardWalk",
+    "empty_rows_like",
+    "index_scores",
+    "index_scores_backward",
+    "index_topk",
+    "tile_of",
+]

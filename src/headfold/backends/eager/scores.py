@@ -51,17 +51,19 @@ def index_scores_backward(
     scale: float,
     needs: tuple[bool, bool, bool],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Gradients of q, weights and k, each in its input's dtype and strides; None where `needs` is false."""
+    """Gradients of q, weights and k, each in its input's dtype and, but for `empty_rows_like`, strides.
+
+    None where `needs` is false.
+    """
     tile = tile_of(q, k, relu)
     dq = torch.empty_like(q) if needs[0] else None
     dweights = torch.empty_like(weights) if needs[1] and weights is not None else None
-    dk = torch.zeros_like(k) if needs[2] else None
+    dk = empty_rows_like(k).zero_() if needs[2] else None
     sq, sk = q.shape[1], k.shape[1]
     with torch.autocast(q.device.type, enabled=False):
         walk = BackwardWalk(tile, q, scale)
-        total = (
-            None if dk is None or dk.dtype == walk.scratch.dtype else torch.empty_like(k[0], dtype=walk.scratch.dtype)
-        )
+        cast = dk is not None and dk.dtype != walk.scratch.dtype
+        total = torch.empty(k.shape[1:], dtype=walk.scratch.dtype, device=k.device) if cast else None
         for i in range(q.shape[0]):
             visible = Visible(sk, batch_element(start, i), batch_element(end, i), offset, ratio, batch_element(bias, i))
             sums = batch_element(dk, i) if total is None else total.zero_()
@@ -79,3 +81,9 @@ def index_scores_backward(
             if dk is not None and total is not None:
                 dk[i] = total
     return dq, dweights, dk
+
+
+def empty_rows_like(k: Tensor) -> Tensor:
+    """Allocate dk: in k's strides, or contiguous where its rows would not be dense, into which products cannot add."""
+    like = torch.empty_like(k)
+    return like if like.stride(-1) == 1 else torch.empty(k.shape, dtype=k.dtype, device=k.device)

@@ -1,8 +1,8 @@
 """index_topk by tiles: a fold that keeps the best keys of every row and never holds all scores.
 
 A row block's scores arrive tile by tile and wait as candidates beside the best so far. When the workspace has no room
-for more, the best of both go back to the front. Candidates are totally ordered and no two of a row are alike, so what is
-kept does not depend on how many may wait, which is the only thing here that the workspace moves.
+for more, the best of both go back to the front. Candidates are totally ordered and no two of a row are alike, so what
+is kept does not depend on how many may wait, which is the only thing here that the workspace moves.
 """
 
 from __future__ import annotations

@@ -20,6 +20,8 @@ from headfold.tiles import Tile, blocks
 NEG_INF = float("-inf")
 # Terms that a matrix library may sum in one chain where the error budget is close: relative error grows with its root.
 CHAIN = 256
+# Products of fewer columns are summed in one chain whatever their length (docs/design.md, "Narrow products").
+NARROW = 16
 threshold_backward = torch.ops.aten.threshold_backward.grad_input
 
 
@@ -103,9 +105,9 @@ class _Scratch:
         if visible.offset is None:
             hidden.fill_(False)
         else:
-            s = torch.arange(*row, device=self.device, dtype=torch.int32)
-            bound = torch.div(s + (1 + visible.offset), visible.ratio, rounding_mode="floor")
-            torch.ge(t, bound.unsqueeze(1), out=hidden)
+            s = torch.arange(*row, device=self.device)  # int64: an offset may pass int32 once rows are added
+            bound = torch.div(s.add_(1 + visible.offset), visible.ratio, rounding_mode="floor").clamp_(0, visible.sk)
+            torch.ge(t, bound.int().unsqueeze(1), out=hidden)
         if visible.start is not None:
             hidden |= torch.lt(t, visible.start[slice(*row)].unsqueeze(1), out=other)
         if visible.end is not None:
@@ -228,7 +230,7 @@ class BackwardWalk:
 
     def _add_weight_sums(self, totals: Tensor, g: Tensor, rectified: Tensor) -> None:
         """Add Σ_t g·rectified to totals [rows, h]: as rows of dot products over few keys, which sum most exactly."""
-        for part in blocks(g.shape[1], CHAIN):
+        for part in blocks(g.shape[1], CHAIN if rectified.shape[1] >= NARROW else NARROW):
             span = slice(*part)
             totals.unsqueeze(1).baddbmm_(g[:, span].unsqueeze(1), rectified[:, :, span].transpose(1, 2))
 
