@@ -169,7 +169,7 @@ class BackwardWalk:
 
     With a = g·[logit > 0] and u = Σ_t a·k: dq = weights·u and dk = Σ_{s,h} aᵀ·(weights·q). dweights = Σ_t g·relu(logit)
     is one pass over the tile. It also equals q·u, which would save the pass, but u is summed in the long chains of a
-    matrix product and over a few thousand keys that costs more than the error budget. Without an activation a is g
+    matrix product and over a few thousand keys that can cost more than the error budget. Without an activation a is g
     itself, one row for all heads, and dweights is q·u. Only what the gradients asked for need is made.
     """
 
