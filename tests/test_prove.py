@@ -123,6 +123,11 @@ def unstartable_training() -> Any:
     return ScorePath("materialized", "materialized", forward)
 
 
+@pytest.mark.parametrize(("dtype", "multiplied"), [(torch.bfloat16, torch.float32), (torch.float64, torch.float64)])
+def test_a_cpu_is_measured_in_the_dtype_it_multiplies_in(dtype: torch.dtype, multiplied: torch.dtype) -> None:
+    assert measure.MatrixProduct(CPU, dtype).dtype == multiplied
+
+
 def test_speed_skips_what_does_not_fit(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(measure, "RATE_SIZE", 64)
     monkeypatch.setattr(measure, "free_memory", lambda _: 1000)

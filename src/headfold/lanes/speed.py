@@ -86,9 +86,10 @@ def speed(
     lane.rows.extend(_row(name, phase, taken, rates, readings, problem) for (name, phase), taken in readings.items())
     if targets:
         _judge(lane.rows)
+    multiplied = str(product.dtype).removeprefix("torch.")
     lane.notes += [
-        f"{rounds} interleaved rounds on {torch.get_num_threads()} threads; the {measure.RATE_SIZE}³ {g.dtype} matrix "
-        f"product ran at {statistics.median(rates) / 1e9:.0f} GFLOP/s (median; {min(rates) / 1e9:.0f} to "
+        f"{rounds} interleaved rounds on {torch.get_num_threads()} threads; the {measure.RATE_SIZE}³ {multiplied} "
+        f"matrix product ran at {statistics.median(rates) / 1e9:.0f} GFLOP/s (median; {min(rates) / 1e9:.0f} to "
         f"{max(rates) / 1e9:.0f}).",
         "Shares credit a forward with one product and a backward with three, whatever the path really computes.",
     ]
