@@ -18,7 +18,7 @@ FLOORS = [
     ["contract", "presets"],
     ["materialized", "backends"],
     ["ops"],
-    ["scores", "selection"],
+    ["scores", "selected", "selection"],
     ["lanes"],
     ["cli"],
 ]
@@ -88,6 +88,6 @@ print([name for name in extras if name in set(sys.modules) - before])
 
 
 def test_the_public_names_are_these() -> None:
-    public = "IndexerGeometry KeyRange TopK UnsupportedError __version__ index_scores index_topk"
+    public = "IndexerGeometry KeyRange TopK UnsupportedError __version__ index_scores index_topk selected_scores"
     assert set(headfold.__all__) == set(public.split())
     assert (ROOT / "py.typed").exists()

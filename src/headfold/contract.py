@@ -38,6 +38,16 @@ class ScoreCall(NamedTuple):
     scale: float
     workspace: int
 
+    @property
+    def inputs(self) -> tuple[Tensor, Tensor | None, Tensor]:
+        """What is differentiated: q, weights and k."""
+        return self.q, self.weights, self.k
+
+    @property
+    def options(self) -> tuple[Tensor | None, Tensor | None, Tensor | None, int | None, int, bool, float]:
+        """What follows the tensors in every op's schema: start, end, bias, offset, ratio, relu and scale."""
+        return self.start, self.end, self.bias, self.offset, self.ratio, self.relu, self.scale
+
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     """Return the dtype that scores and accumulators of these inputs have: promote(dtype, float32)."""
@@ -113,6 +123,19 @@ def one_of(op: str, name: str, value: object, choices: Sequence[object]) -> None
     """Refuse a value that is not among the choices."""
     if value not in choices:
         raise ValueError(f"{op}: {name} must be one of {', '.join(map(repr, choices))}, got {value!r}.")
+
+
+def selection(op: str, indices: Tensor, b: int, sq: int, device: torch.device) -> Tensor:
+    """Check indices [b, sq, topk] of selected keys; their values stay unread."""
+    if not isinstance(indices, Tensor):
+        raise TypeError(f"{op}: indices must be a tensor, got {type(indices).__name__}.")
+    if indices.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"{op}: indices must be int32 or int64, got {indices.dtype}.")
+    if indices.dim() != 3 or tuple(indices.shape[:2]) != (b, sq):
+        raise ValueError(f"{op}: indices must be [b, sq, topk] = [{b}, {sq}, topk], got {list(indices.shape)}.")
+    if indices.device != device:
+        raise ValueError(f"{op}: indices must be on q's device {device}, got {indices.device}.")
+    return indices
 
 
 def at_least(op: str, name: str, value: object, least: int) -> None:

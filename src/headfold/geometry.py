@@ -11,10 +11,13 @@ from typing import Any
 
 from headfold import bills
 from headfold.bills import Bill
-from headfold.tiles import Tile
+from headfold.tiles import DEFAULT_WORKSPACE, GatherTile, Selection, Tile
 
 ITEMSIZE = {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8}
+# Ways to score every key; ways to keep topk keys a row; scoring of the keys that were kept.
 PATHS = ("materialized", "per-head loop", "headfold")
+SELECTING = ("materialized + topk", "headfold top-k")
+SELECTED = "headfold selected scores"
 
 
 @dataclass(frozen=True)
@@ -98,6 +101,11 @@ class IndexerGeometry:
         return 4 * self.b * self.sq * self.topk
 
     @property
+    def selected_bytes(self) -> int:
+        """Bytes of the [b, sq, topk] scores of a selection."""
+        return self.b * self.sq * self.topk * self.compute_itemsize
+
+    @property
     def gradients_bytes(self) -> int:
         """Bytes of dq, dweights and dk, each in its input's dtype."""
         return self.inputs_bytes
@@ -122,26 +130,51 @@ class IndexerGeometry:
         """Bytes of the float32 [sk, d] sums that half-precision dk is cast from, one batch element at a time."""
         return self.sk * self.dim * 4 if self.itemsize < 4 else 0
 
-    def bill(self, path: str, *, causal: bool = False, scale: float = 1.0) -> Bill:
-        """Return what a path allocates: one of "materialized", "per-head loop" and "headfold".
+    @property
+    def gather_tile(self) -> GatherTile:
+        """The tile of the gathered walk, which scores selected keys."""
+        shape = self.sq, self.topk, self.heads, self.dim, self.compute_itemsize, self.itemsize
+        return GatherTile.of(*shape, relu=self.relu)
 
-        A mask or a scale costs the other paths bytes of its own; headfold's scratch has room for them in any case.
+    def selection(self, workspace: int = DEFAULT_WORKSPACE) -> Selection:
+        """Return the selecting fold that a workspace leaves room for."""
+        return Selection.of(self.tile, self.sk, self.topk, workspace)
+
+    def bill(self, path: str, *, causal: bool = False, scale: float = 1.0, workspace: int = DEFAULT_WORKSPACE) -> Bill:
+        """Return what a path allocates: one of PATHS, SELECTING or SELECTED.
+
+        A mask or a scale costs the other paths bytes of its own; headfold's scratch has room for them in any case. Only
+        a selection grows with its workspace. What selects is not differentiated: its training peak is its forward.
         """
-        if path not in PATHS:
-            raise ValueError(f"IndexerGeometry.bill: path must be one of {', '.join(PATHS)}, got {path!r}.")
         if path == "headfold":
-            return self._headfold()
+            return self._folded(self.scores_bytes, self.tile)
+        if path == "headfold top-k":
+            peak = self.indices_bytes + self.selection(workspace).scratch_bytes
+            return Bill(peak, 0, peak)
+        if path == SELECTED:
+            return self._folded(self.selected_bytes, self.gather_tile)
+        if path not in (*PATHS, *SELECTING):
+            known = ", ".join((*PATHS, *SELECTING, SELECTED))
+            raise ValueError(f"IndexerGeometry.bill: path must be one of {known}, got {path!r}.")
         size = self.compute_itemsize
         shape = (self.b, self.sq, self.sk, self.heads, self.dim)
         call = bills.Call(*shape, self.itemsize, size, self.relu, causal, scaled=scale != 1.0)
-        return bills.materialized(call) if path == "materialized" else bills.loop(call)
+        if path == "per-head loop":
+            return bills.loop(call)
+        scored = bills.materialized(call)
+        if path == "materialized":
+            return scored
+        # torch.topk gives values in the scores' dtype and int64 indices, beside the whole score matrix.
+        kept = self.b * self.sq * min(self.topk, self.sk) * (size + 8)
+        peak = max(scored.forward, self.scores_bytes + kept)
+        return Bill(peak, 0, peak)
 
-    def _headfold(self) -> Bill:
-        backward = self.gradients_bytes + self.accumulator_bytes + self.backward_scratch
+    def _folded(self, scores: int, tile: Tile | GatherTile) -> Bill:
+        backward = self.gradients_bytes + self.accumulator_bytes + tile.backward_bytes
         return Bill(
-            forward=self.scores_bytes + self.forward_scratch,
+            forward=scores + tile.forward_bytes,
             held=0,
-            training=self.scores_bytes + max(self.forward_scratch, backward),
+            training=scores + max(tile.forward_bytes, backward),
         )
 
     def forward_flops(self, *, causal: bool = False) -> int:

@@ -51,6 +51,19 @@ def index_topk(call: ScoreCall, topk: int, with_scores: bool, index_dtype: torch
     return indices.to(index_dtype), best if with_scores else None
 
 
+def selected_scores(call: ScoreCall, indices: Tensor) -> Tensor:
+    """Scores [b, sq, topk] gathered from the whole score matrix; -inf at -1."""
+    return at_indices(index_scores(call), indices)
+
+
+def at_indices(scores: Tensor, indices: Tensor) -> Tensor:
+    """Gather [b, sq, topk] from scores [b, sq, sk]; -inf at -1."""
+    if scores.shape[-1] == 0:
+        return scores.new_full(indices.shape, float("-inf"))
+    picked = scores.gather(-1, indices.long().clamp(min=0))
+    return picked.masked_fill(indices < 0, float("-inf"))
+
+
 def invisible(call: ScoreCall) -> Tensor | None:
     """Boolean [1 or b, sq, sk], true where the row may not see the key; None when every key is visible."""
     sq, sk = call.q.shape[1], call.k.shape[1]
@@ -69,6 +82,35 @@ def invisible(call: ScoreCall) -> Tensor | None:
     if not hidden:
         return None
     return functools.reduce(torch.logical_or, hidden)
+
+
+def gathered(call: ScoreCall, indices: Tensor, generator: torch.Generator) -> Tensor:
+    """Scores [b, sq, topk] from gathered keys [b, sq, topk, d], with every sum taken in a shuffled order.
+
+    The other way to write selected scores in plain PyTorch. A key that stands in a row twice is two keys here, so their
+    gradients are added after the products and not before: its rounding, too, is the materialised path's own.
+    """
+    (_, _, h, d), dtype = call.q.shape, compute_dtype(call.q.dtype)
+    heads, width, picks = (
+        torch.randperm(n, generator=generator, device=indices.device) for n in (h, d, indices.shape[-1])
+    )
+    q, safe = call.q.to(dtype)[:, :, heads][..., width], indices.long().clamp(min=0)[..., picks]
+    batch = torch.arange(len(safe), device=safe.device).view(-1, 1, 1)
+    keys = call.k.to(dtype)[..., width][batch, safe]
+    weights = torch.ones_like(q[..., 0]) if call.weights is None else call.weights.to(dtype)[..., heads]
+    if call.relu:
+        logits = torch.einsum("bshd,bstd->bsht", q, keys)
+        scores = (torch.relu(logits) * weights.unsqueeze(-1)).sum(dim=2)
+    else:
+        scores = torch.einsum("bsd,bstd->bst", (q * weights.unsqueeze(-1)).sum(dim=2), keys)
+    scores = scores * call.scale
+    if call.bias is not None:
+        scores = scores + call.bias.to(dtype).expand(len(safe), -1, -1).gather(-1, safe)
+    hidden = indices[..., picks] < 0
+    barred = invisible(call)
+    if barred is not None:
+        hidden = hidden | barred.expand(len(safe), -1, -1).gather(-1, safe)
+    return scores.masked_fill(hidden, float("-inf"))[..., picks.argsort()]
 
 
 def reordered(call: ScoreCall, generator: torch.Generator) -> Tensor:

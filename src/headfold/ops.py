@@ -6,7 +6,7 @@ undecorated functions of the backend; nothing is computed here.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 import torch
@@ -18,7 +18,7 @@ from headfold.contract import compute_dtype
 from headfold.geometry import score_flops
 
 ONCE = (
-    'headfold: index_scores can be differentiated once. For second derivatives use impl="materialized", which is plain '
+    'headfold: {op} can be differentiated once. For second derivatives use impl="materialized", which is plain '
     "PyTorch and keeps the head axis."
 )
 
@@ -71,36 +71,105 @@ def index_scores_backward(
 
 @index_scores_backward.register_fake
 def _(g: Tensor, q: Tensor, weights: Tensor | None, k: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
-    likes: tuple[Callable[[Tensor], Tensor], ...] = (torch.empty_like, torch.empty_like, eager.empty_rows_like)
+    return _gradients_like((q, weights, k), rest[-3:], eager.empty_rows_like)
+
+
+def _gradients_like(
+    inputs: tuple[Tensor, Tensor | None, Tensor], needs: Sequence[bool], key_like: Callable[[Tensor], Tensor]
+) -> tuple[Tensor, Tensor, Tensor]:
+    q = inputs[0]
+    likes = (torch.empty_like, torch.empty_like, key_like)
     dq, dweights, dk = (
         like(x) if need and x is not None else q.new_empty(0)
-        for like, x, need in zip(likes, (q, weights, k), rest[-3:], strict=True)
+        for like, x, need in zip(likes, inputs, needs, strict=True)
     )
     return dq, dweights, dk
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    ctx.save_for_backward(*inputs[:6])
-    ctx.rest = inputs[6:]
+def _differentiable_once(name: str, op: Any, backward: Any, tensors: int) -> None:
+    """Register autograd of an op whose first three of `tensors` leading arguments are q, weights and k.
+
+    Its backward op takes g, the op's own arguments, and which of the three gradients are needed.
+    """
+
+    def save(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        ctx.save_for_backward(*inputs[:tensors])
+        ctx.rest = inputs[tensors:]
+
+    def differentiate(ctx: Any, g: Tensor) -> tuple[Any, ...]:
+        needs = ctx.needs_input_grad[:3]
+        grads = backward(g, *ctx.saved_tensors, *ctx.rest, *needs)
+        others = tensors - 3 + len(ctx.rest)
+        return (*(grad if need else None for grad, need in zip(grads, needs, strict=True)), *[None] * others)
+
+    def refuse(ctx: Any, *grads: Any) -> NoReturn:
+        raise RuntimeError(ONCE.format(op=name))
+
+    def nothing(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        """Save nothing: the backward that would need it refuses."""
+
+    op.register_autograd(differentiate, setup_context=save)
+    backward.register_autograd(refuse, setup_context=nothing)
 
 
-def _backward(ctx: Any, g: Tensor) -> tuple[Any, ...]:
-    q, weights, k, *ranges = ctx.saved_tensors
-    needs = ctx.needs_input_grad[:3]
-    grads = index_scores_backward(g, q, weights, k, *ranges, *ctx.rest, *needs)
-    return (*(grad if need else None for grad, need in zip(grads, needs, strict=True)), *[None] * 7)
+_differentiable_once("index_scores", index_scores, index_scores_backward, tensors=6)
 
 
-def _refuse(ctx: Any, *grads: Any) -> NoReturn:
-    raise RuntimeError(ONCE)
+@torch.library.custom_op("headfold::selected_scores", mutates_args=())
+def selected_scores(
+    q: Tensor,
+    weights: Tensor | None,
+    k: Tensor,
+    indices: Tensor,
+    start: Tensor | None,
+    end: Tensor | None,
+    bias: Tensor | None,
+    offset: int | None,
+    ratio: int,
+    relu: bool,
+    scale: float,
+) -> Tensor:
+    """Run the gathered forward walk."""
+    return eager.selected_scores(q, weights, k, indices, start, end, bias, offset, ratio, relu, scale)
 
 
-def _nothing(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    """Save nothing: the backward that would need it refuses."""
+@selected_scores.register_fake
+def _(q: Tensor, weights: Tensor | None, k: Tensor, indices: Tensor, *_: Any) -> Tensor:
+    return q.new_empty(indices.shape, dtype=compute_dtype(q.dtype))
 
 
-index_scores.register_autograd(_backward, setup_context=_save)
-index_scores_backward.register_autograd(_refuse, setup_context=_nothing)
+@torch.library.custom_op("headfold::selected_scores_backward", mutates_args=())
+def selected_scores_backward(
+    g: Tensor,
+    q: Tensor,
+    weights: Tensor | None,
+    k: Tensor,
+    indices: Tensor,
+    start: Tensor | None,
+    end: Tensor | None,
+    bias: Tensor | None,
+    offset: int | None,
+    ratio: int,
+    relu: bool,
+    scale: float,
+    need_q: bool,
+    need_weights: bool,
+    need_k: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Run the gathered backward walk; a gradient not needed is an empty tensor."""
+    needs = (need_q, need_weights, need_k)
+    rest = start, end, bias, offset, ratio, relu, scale, needs
+    grads = eager.selected_scores_backward(g, q, weights, k, indices, *rest)
+    dq, dweights, dk = (q.new_empty(0) if grad is None else grad for grad in grads)
+    return dq, dweights, dk
+
+
+@selected_scores_backward.register_fake
+def _(g: Tensor, q: Tensor, weights: Tensor | None, k: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+    return _gradients_like((q, weights, k), rest[-3:], lambda x: x.new_empty(x.shape))
+
+
+_differentiable_once("selected_scores", selected_scores, selected_scores_backward, tensors=7)
 
 
 @torch.library.custom_op("headfold::index_topk", mutates_args=())
@@ -148,6 +217,23 @@ def _backward_flops(g: Any, q: Any, weights: Any, k: Any, *rest: Any, out_shape:
     need_q, need_weights, need_k = rest[-3:]
     products = 1 + need_q + need_k if relu else (need_q or need_weights) + need_k
     return score_flops(b, sq, k[1], h, d, products=products, relu=relu, offset=offset, ratio=ratio)
+
+
+@register_flop_formula(torch.ops.headfold.selected_scores)
+def _selected_flops(q: Any, weights: Any, k: Any, indices: Any, *rest: Any, out_shape: Any = None, **_: Any) -> int:
+    b, sq, h, d = q
+    return score_flops(b, sq, indices[2], h, d, products=1, relu=rest[5])
+
+
+@register_flop_formula(torch.ops.headfold.selected_scores_backward)
+def _selected_backward_flops(
+    g: Any, q: Any, weights: Any, k: Any, indices: Any, *rest: Any, out_shape: Any = None, **_: Any
+) -> int:
+    b, sq, h, d = q
+    relu = rest[5]
+    need_q, need_weights, need_k = rest[-3:]
+    products = 1 + need_q + need_k if relu else (need_q or need_weights) + need_k
+    return score_flops(b, sq, indices[2], h, d, products=products, relu=relu)
 
 
 @register_flop_formula(torch.ops.headfold.index_topk)

@@ -72,20 +72,9 @@ def index_scores(
     )
     if backends.choose("index_scores", impl) == "materialized":
         return materialized.index_scores(call)
-    reverse_mode_only("index_scores", call.q, call.weights, call.k)
+    reverse_mode_only("index_scores", *call.inputs)
     tile = eager.tile_of(call.q, call.k, call.relu)
-    needed = tile.backward_bytes if wants_grad(call.q, call.weights, call.k) else tile.forward_bytes
+    needed = tile.backward_bytes if wants_grad(*call.inputs) else tile.forward_bytes
     enough_workspace("index_scores", needed, call.workspace)
-    scores: Tensor = ops.index_scores(
-        call.q,
-        call.weights,
-        call.k,
-        call.start,
-        call.end,
-        call.bias,
-        call.offset,
-        call.ratio,
-        call.relu,
-        call.scale,
-    )
+    scores: Tensor = ops.index_scores(*call.inputs, *call.options)
     return scores

@@ -94,20 +94,7 @@ def index_topk(
         sk = call.k.shape[1]
         tile = eager.tile_of(call.q, call.k, call.relu)
         enough_workspace("index_topk", Selection.of(tile, sk, topk, 0).scratch_bytes, call.workspace)
-        indices, scores = ops.index_topk(
-            call.q.detach(),
-            None if call.weights is None else call.weights.detach(),
-            call.k.detach(),
-            call.start,
-            call.end,
-            call.bias,
-            call.offset,
-            call.ratio,
-            call.relu,
-            call.scale,
-            topk,
-            with_scores,
-            index_dtype,
-            call.workspace,
-        )
+        inputs = (x if x is None else x.detach() for x in call.inputs)
+        rest = topk, with_scores, index_dtype, call.workspace
+        indices, scores = ops.index_topk(*inputs, *call.options, *rest)
     return TopK(indices, scores if with_scores else None)

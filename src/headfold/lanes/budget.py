@@ -18,8 +18,9 @@ import torch
 from torch import Tensor
 
 from headfold import materialized
-from headfold.contract import score_call
+from headfold.contract import ScoreCall, score_call
 from headfold.scores import index_scores
+from headfold.selected import selected_scores
 
 Inputs = Sequence[Tensor | None]
 # A row is one query of scores, dq and dweights, and one key of dk.
@@ -84,27 +85,57 @@ def spend(got: Tensor, truth: Tensor, bases: Sequence[Tensor], axes: int = 1) ->
     return Spent(float(share[place]), relative, place, int((~same).sum()))
 
 
-def spend_all(inputs: Inputs, g: Tensor, **call: Any) -> dict[str, Spent]:
-    """Hold scores and gradients of index_scores to the budget, given q, weights (or None) and k already in their dtype.
+def spend_all(inputs: Inputs, g: Tensor, indices: Tensor | None = None, **call: Any) -> dict[str, Spent]:
+    """Hold scores and gradients to the budget, given q, weights (or None) and k already in their dtype.
 
-    g: dL/dscores.   call: further arguments of index_scores.
+    g: dL/dscores.   indices: [b, sq, topk] to hold selected_scores at them; None holds index_scores.   call: further
+    arguments.
     """
     shuffle = torch.Generator(g.device).manual_seed(0)
+
+    def scorer(call: dict[str, Any]) -> Callable[..., Tensor]:
+        return partial(index_scores, **call) if indices is None else partial(_selected, indices, call)
+
     oracle = {**call, "impl": "materialized"}
-    truth = _scores_and_grads(
-        partial(index_scores, **_wide(oracle)), [x if x is None else x.double() for x in inputs], g
-    )
-    orders = [partial(index_scores, **oracle), *[partial(_reordered, call, shuffle)] * (ORDERS - 1)]
+    truth = _scores_and_grads(scorer(_wide(oracle)), [x if x is None else x.double() for x in inputs], g)
+    others = [partial(_reordered, call, shuffle)] * (ORDERS - 1)
+    if indices is not None:
+        both = [partial(_reordered_at, indices, call, shuffle, gathered) for gathered in (True, False)]
+        others = (both * ORDERS)[: ORDERS - 1]
+    orders = [scorer(oracle), *others]
     bases = [_scores_and_grads(order, inputs, g) for order in orders]
-    got = _scores_and_grads(partial(index_scores, **call), inputs, g)
+    got = _scores_and_grads(scorer(call), inputs, g)
     return {name: spend(got[name], truth[name], [base[name] for base in bases], ROW_AXES[name]) for name in got}
+
+
+def _selected(indices: Tensor, call: dict[str, Any], *inputs: Tensor) -> Tensor:
+    return selected_scores(*inputs, indices, **call)
 
 
 def _reordered(
     call: dict[str, Any], generator: torch.Generator, q: Tensor, weights: Tensor | None, k: Tensor
 ) -> Tensor:
-    checked = score_call("budget", q, weights, k, **{**DEFAULTS, **{n: x for n, x in call.items() if n in DEFAULTS}})
-    return materialized.reordered(checked, generator)
+    return materialized.reordered(_checked(call, q, weights, k), generator)
+
+
+def _reordered_at(
+    indices: Tensor,
+    call: dict[str, Any],
+    generator: torch.Generator,
+    gathered: bool,
+    q: Tensor,
+    weights: Tensor | None,
+    k: Tensor,
+) -> Tensor:
+    """Selected scores in a shuffled order: gathered from the score matrix, or made of gathered keys."""
+    checked = _checked(call, q, weights, k)
+    if gathered:
+        return materialized.gathered(checked, indices, generator)
+    return materialized.at_indices(materialized.reordered(checked, generator), indices)
+
+
+def _checked(call: dict[str, Any], q: Tensor, weights: Tensor | None, k: Tensor) -> ScoreCall:
+    return score_call("budget", q, weights, k, **{**DEFAULTS, **{n: x for n, x in call.items() if n in DEFAULTS}})
 
 
 def _wide(call: dict[str, Any]) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """PyTorch tiles, on any device."""
 
+from headfold.backends.eager.gathered import gather_tile_of, selected_scores, selected_scores_backward
 from headfold.backends.eager.scores import empty_rows_like, index_scores, index_scores_backward
 from headfold.backends.eager.topk import index_topk
 from headfold.backends.eager.walks import BackwardWalk, ForwardWalk, tile_of
@@ -8,8 +9,11 @@ __all__ = [
     "BackwardWalk",
     "ForwardWalk",
     "empty_rows_like",
+    "gather_tile_of",
     "index_scores",
     "index_scores_backward",
     "index_topk",
+    "selected_scores",
+    "selected_scores_backward",
     "tile_of",
 ]

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from headfold.backends.eager.walks import NEG_INF, BackwardWalk, ForwardWalk, Visible, batch_element, tile_of
+from headfold.backends.eager.scratch import NEG_INF, Visible, batch_element
+from headfold.backends.eager.walks import BackwardWalk, ForwardWalk, tile_of
 from headfold.contract import compute_dtype
 from headfold.tiles import blocks
 
@@ -29,7 +30,7 @@ def index_scores(
     with torch.autocast(q.device.type, enabled=False):
         walk = ForwardWalk(tile, q, scale)
         for i in range(b):
-            visible = Visible(sk, batch_element(start, i), batch_element(end, i), offset, ratio, batch_element(bias, i))
+            visible = Visible.of(i, sk, start, end, bias, offset, ratio)
             for row in blocks(sq, tile.rows):
                 out[i, slice(*row), visible.limit(row[1] - 1) :].fill_(NEG_INF)
             for row, key, scores in walk.tiles(q[i], batch_element(weights, i), k[i], visible, (0, sq)):
@@ -65,7 +66,7 @@ def index_scores_backward(
         cast = dk is not None and dk.dtype != walk.scratch.dtype
         total = torch.empty(k.shape[1:], dtype=walk.scratch.dtype, device=k.device) if cast else None
         for i in range(q.shape[0]):
-            visible = Visible(sk, batch_element(start, i), batch_element(end, i), offset, ratio, batch_element(bias, i))
+            visible = Visible.of(i, sk, start, end, bias, offset, ratio)
             sums = batch_element(dk, i) if total is None else total.zero_()
             walk.slab(
                 g[i],

@@ -10,7 +10,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from headfold.backends.eager.walks import NEG_INF, ForwardWalk, Visible, batch_element, head, tile_of
+from headfold.backends.eager.scratch import NEG_INF, Visible, batch_element, head
+from headfold.backends.eager.walks import ForwardWalk, tile_of
 from headfold.contract import compute_dtype
 from headfold.tiles import Selection, blocks
 
@@ -140,7 +141,7 @@ def index_topk(
         walk = ForwardWalk(tile, q, scale)
         candidates = (PackedCandidates if tile.size == 4 else SortedCandidates)(plan, q.device)
         for i in range(b):
-            visible = Visible(sk, batch_element(start, i), batch_element(end, i), offset, ratio, batch_element(bias, i))
+            visible = Visible.of(i, sk, start, end, bias, offset, ratio)
             for row in blocks(sq, tile.rows):
                 if visible.limit(row[1] - 1) == 0:
                     continue

@@ -7,48 +7,24 @@ tensor data on the host.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from headfold.backends.eager.scratch import (
+    CHAIN,
+    NEG_INF,
+    Queries,
+    Visible,
+    add_weight_sums,
+    fold,
+    head,
+    stage,
+    threshold_backward,
+)
 from headfold.contract import compute_dtype
 from headfold.tiles import Tile, blocks
-
-NEG_INF = float("-inf")
-# Terms that a matrix library may sum in one chain where the error budget is close: relative error grows with its root.
-CHAIN = 256
-# Products of fewer columns are summed in one chain whatever their length (docs/design.md, "Narrow products").
-NARROW = 16
-threshold_backward = torch.ops.aten.threshold_backward.grad_input
-
-
-@dataclass(frozen=True)
-class Visible:
-    """Which of `sk` keys the rows of one batch element may see: the parts of a KeyRange, and the bias.
-
-    start, end: int32 [sq] or None.   offset, ratio: the static bound of a KeyRange.   bias: floating [sq, sk] or None.
-    """
-
-    sk: int
-    start: Tensor | None
-    end: Tensor | None
-    offset: int | None
-    ratio: int
-    bias: Tensor | None
-
-    def limit(self, row: int) -> int:
-        """Return one past the last key that the static bound lets `row` see."""
-        if self.offset is None:
-            return self.sk
-        return max(0, min(self.sk, (row + 1 + self.offset) // self.ratio))
-
-    def partial(self, first: int, key_end: int) -> bool:
-        """Whether any row from `first` on may be barred from any key before `key_end`."""
-        moving = self.start is not None or self.end is not None or self.bias is not None
-        return moving or self.limit(first) < key_end
 
 
 class _Scratch:
@@ -56,26 +32,13 @@ class _Scratch:
 
     def __init__(self, tile: Tile, like: Tensor, scale: float) -> None:
         self.tile, self.scale = tile, scale
-        self.dtype, self.device = compute_dtype(like.dtype), like.device
-        h, d, rows, keys = tile.h, tile.d, tile.rows, tile.keys
+        self.queries = Queries(tile.rows, tile.h, tile.d, like)
+        self.dtype, self.device, self.empty = self.queries.dtype, self.queries.device, self.queries.empty
         self.logits = self.empty(tile.logits_bytes // tile.size)
-        self.q = self.empty(rows * h * d)
-        self.weights = self.empty(rows * h)
-        self.k = self.empty(keys * d)
-        self.scores = self.empty(rows * keys)
-        self.bias = self.empty(rows * keys)
-        self.hidden = torch.empty(2, rows * keys, dtype=torch.bool, device=like.device)
-
-    def empty(self, count: int) -> Tensor:
-        """Allocate `count` elements of the compute dtype."""
-        return torch.empty(count, dtype=self.dtype, device=self.device)
-
-    def stage_query(self, q: Tensor, weights: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Return q [rows, h, d] dense and weights [rows, h] in the compute dtype; weights are ones when None."""
-        if q.dtype != self.dtype or not q.is_contiguous():
-            q = head(self.q, *q.shape).copy_(q)
-        staged = head(self.weights, *q.shape[:2])
-        return q, staged.fill_(1) if weights is None else staged.copy_(weights)
+        self.k = self.empty(tile.keys * tile.d)
+        self.scores = self.empty(tile.rows * tile.keys)
+        self.bias = self.empty(tile.rows * tile.keys)
+        self.hidden = torch.empty(2, tile.rows * tile.keys, dtype=torch.bool, device=like.device)
 
     def product(self, q: Tensor, k: Tensor) -> Tensor:
         """Return the logits [rows, h, keys] of one tile, in the scratch."""
@@ -83,11 +46,6 @@ class _Scratch:
         logits = head(self.logits, rows * h, k.shape[0])
         torch.mm(q.view(rows * h, d), k.t(), out=logits)
         return logits.view(rows, h, k.shape[0])
-
-    def fold(self, q: Tensor, weights: Tensor) -> Tensor:
-        """Return Σ_h weights · q, [rows, d], in the scratch: all that the product needs when there is no activation."""
-        folded = head(self.logits, q.shape[0], 1, q.shape[2])
-        return torch.bmm(weights.unsqueeze(1), q, out=folded).squeeze(1)
 
     def cast_bias(self, bias: Tensor) -> Tensor:
         """Return a tile of the bias in the compute dtype; adding another dtype would allocate the cast."""
@@ -99,34 +57,12 @@ class _Scratch:
         """Return bool [rows, keys], true where the row may not see the key, or None when the whole tile is visible."""
         if not visible.partial(row[0], key[1]):
             return None
-        hidden = head(self.hidden[0], row[1] - row[0], key[1] - key[0])
+        hidden = head(self.hidden[0], row[1] - row[0], key[1] - key[0]).fill_(False)
         other = head(self.hidden[1], *hidden.shape)
         t = torch.arange(*key, device=self.device, dtype=torch.int32)
-        if visible.offset is None:
-            hidden.fill_(False)
-        else:
-            s = torch.arange(*row, device=self.device)  # int64: an offset may pass int32 once rows are added
-            bound = torch.div(s.add_(1 + visible.offset), visible.ratio, rounding_mode="floor").clamp_(0, visible.sk)
-            torch.ge(t, bound.int().unsqueeze(1), out=hidden)
-        if visible.start is not None:
-            hidden |= torch.lt(t, visible.start[slice(*row)].unsqueeze(1), out=other)
-        if visible.end is not None:
-            hidden |= torch.ge(t, visible.end[slice(*row)].unsqueeze(1), out=other)
-        if visible.bias is not None:
-            hidden |= torch.eq(visible.bias[slice(*row), slice(*key)], NEG_INF, out=other)
+        bias = None if visible.bias is None else visible.bias[slice(*row), slice(*key)]
+        visible.hide(hidden, row, t, bias, other)
         return hidden
-
-
-def head(buffer: Tensor, *shape: int) -> Tensor:
-    """View the first elements of a flat buffer with the given shape."""
-    return buffer[: math.prod(shape)].view(shape)
-
-
-def stage(x: Tensor, buffer: Tensor) -> Tensor:
-    """Return the matrix x in the buffer's dtype with dense rows, as products read it: itself, or a copy there."""
-    if x.dtype == buffer.dtype and x.stride(1) == 1 and x.stride(0) >= x.shape[1]:
-        return x
-    return head(buffer, *x.shape).copy_(x)
 
 
 class ForwardWalk:
@@ -145,8 +81,8 @@ class ForwardWalk:
         """
         s = self.scratch
         for row in blocks(rows[1], self.tile.rows, rows[0]):
-            query, factors = s.stage_query(q[slice(*row)], None if weights is None else weights[slice(*row)])
-            folded = None if self.tile.relu else s.fold(query, factors)
+            query, factors = s.queries.stage(q[slice(*row)], None if weights is None else weights[slice(*row)])
+            folded = None if self.tile.relu else fold(query, factors, s.logits)
             for key in blocks(visible.limit(row[1] - 1), self.tile.keys):
                 keys = stage(k[slice(*key)], s.k)
                 scores = head(s.scores, row[1] - row[0], key[1] - key[0])
@@ -198,12 +134,12 @@ class BackwardWalk:
         """
         s = self.scratch
         for first, end in blocks(rows[1], self.tile.rows, rows[0]):
-            query, factors = s.stage_query(q[first:end], None if weights is None else weights[first:end])
+            query, factors = s.queries.stage(q[first:end], None if weights is None else weights[first:end])
             weighted = head(self.weighted, *query.shape)
             if self.tile.relu:
                 operand = torch.mul(query, factors.unsqueeze(-1), out=weighted)
             else:
-                operand = s.fold(query, factors).unsqueeze(1)
+                operand = fold(query, factors, s.logits).unsqueeze(1)
             u = totals = None
             if dq is not None or (dweights is not None and not self.tile.relu):
                 u = head(self.u, *operand.shape).zero_()
@@ -215,7 +151,7 @@ class BackwardWalk:
                 if self.tile.relu:
                     logits = s.product(query, keys)
                     if totals is not None:
-                        self._add_weight_sums(totals, a, logits.relu_())
+                        add_weight_sums(totals, a, logits.relu_())
                     a = threshold_backward(a.unsqueeze(1), logits, 0, grad_input=logits).flatten(0, 1)
                 if u is not None:
                     u.flatten(0, 1).addmm_(a, keys)
@@ -227,12 +163,6 @@ class BackwardWalk:
                 dweights[first:end] = totals
             if dq is not None and u is not None:
                 dq[first:end] = torch.mul(u, factors.unsqueeze(-1), out=weighted)
-
-    def _add_weight_sums(self, totals: Tensor, g: Tensor, rectified: Tensor) -> None:
-        """Add Σ_t g·rectified to totals [rows, h]: as rows of dot products over few keys, which sum most exactly."""
-        for part in blocks(g.shape[1], CHAIN if rectified.shape[1] >= NARROW else NARROW):
-            span = slice(*part)
-            totals.unsqueeze(1).baddbmm_(g[:, span].unsqueeze(1), rectified[:, :, span].transpose(1, 2))
 
     def _add_product(self, dk: Tensor, a: Tensor, operand: Tensor) -> None:
         """Add aᵀ·operand [keys, d] to dk; narrow ones in parts, which MKL would sum in one long chain."""
@@ -256,10 +186,3 @@ def tile_of(q: Tensor, k: Tensor, relu: bool) -> Tile:
     """Return the tile of a walk over batch-first q [b, sq, h, d] and k [b, sk, d]."""
     _, sq, h, d = q.shape
     return Tile.of(sq, k.shape[1], h, d, compute_dtype(q.dtype).itemsize, relu=relu)
-
-
-def batch_element(x: Tensor | None, i: int) -> Tensor | None:
-    """Return batch element i; an axis of size one stands for all."""
-    if x is None:
-        return None
-    return x[i if x.shape[0] > 1 else 0]
