@@ -38,6 +38,11 @@ def leaves(case: Case, dtype: torch.dtype = torch.float32) -> list[Tensor]:
     return [x.requires_grad_() for x in case.inputs(dtype) if x is not None]
 
 
+def scores_at(inputs: list[Tensor], indices: Tensor, **call: Any) -> Tensor:
+    q, weights, k = inputs
+    return selected_scores(q, weights, k, indices, **call)
+
+
 def at(scores: Tensor, indices: Tensor) -> Tensor:
     return scores.gather(-1, indices.long().clamp(min=0)).masked_fill(indices < 0, NEG_INF)
 
@@ -67,7 +72,7 @@ def test_picks_beyond_one_tile_are_summed_over_tiles() -> None:
     tile = eager.gather_tile_of(leaves(LONG)[0].transpose(0, 1), indices, True)
     assert tile.picks < 20_000
     mine, theirs = leaves(LONG, torch.float64), leaves(LONG, torch.float64)
-    ours, oracle = selected_scores(*mine, indices), at(index_scores(*theirs), indices)
+    ours, oracle = scores_at(mine, indices), at(index_scores(*theirs), indices)
     torch.testing.assert_close(ours, oracle, rtol=1e-12, atol=1e-12)
     g = torch.randn(ours.shape, dtype=torch.float64).masked_fill(indices < 0, 0)
     for x, y in zip(torch.autograd.grad(ours, mine, g), torch.autograd.grad(oracle, theirs, g), strict=True):
@@ -82,7 +87,7 @@ def test_any_indices_give_what_the_score_matrix_gives(data: st.DataObject) -> No
     flat = st.lists(st.integers(-1, sk - 1), min_size=case.b * sq * topk, max_size=case.b * sq * topk)
     indices = torch.tensor(data.draw(flat), dtype=torch.int64).view(case.b, sq, topk)
     mine, theirs = leaves(case, torch.float64), leaves(case, torch.float64)
-    ours, oracle = selected_scores(*mine, indices, causal=True), at(index_scores(*theirs, causal=True), indices)
+    ours, oracle = scores_at(mine, indices, causal=True), at(index_scores(*theirs, causal=True), indices)
     torch.testing.assert_close(ours, oracle, rtol=1e-12, atol=1e-12)
     g = torch.ones_like(ours).masked_fill(oracle.isneginf(), 0)
     for x, y in zip(torch.autograd.grad(ours, mine, g), torch.autograd.grad(oracle, theirs, g), strict=True):
@@ -117,9 +122,9 @@ def test_layouts_are_the_same_call(layout: str) -> None:
     case = Case(29, 31, b=1 if layout == "thd" else 2, h=5, d=12)
     inputs, indices = leaves(case), some_indices(case, 11)
     keys = KeyRange.sliding(29, 31, 9)
-    expected = selected_scores(*inputs, indices, keys=keys)
+    expected = scores_at(inputs, indices, keys=keys)
     moved = [x[:, 0] if layout == "thd" else x.transpose(0, 1) for x in inputs]
-    scores = selected_scores(*moved, indices, keys=keys, layout=layout)
+    scores = scores_at(moved, indices, keys=keys, layout=layout)
     assert torch.equal(scores, expected)
     g = torch.randn(expected.shape)
     ours, theirs = torch.autograd.grad(scores, inputs, g), torch.autograd.grad(expected, inputs, g)
@@ -134,7 +139,7 @@ def test_strides_and_index_dtypes_change_nothing() -> None:
     assert torch.equal(selected_scores(q, weights, k, indices.long()), expected)
     assert torch.equal(selected_scores(q, weights, k, indices.mT.contiguous().mT), expected)
     odd = [torch.stack([x, x], dim=-1)[..., 0] for x in (q, weights, k)]
-    assert torch.equal(selected_scores(*odd, indices), expected)
+    assert torch.equal(scores_at(odd, indices), expected)
     one_row = indices[:, :1].expand(-1, 20, -1)
     assert torch.equal(selected_scores(q, weights, k, one_row), selected_scores(q, weights, k, one_row.contiguous()))
 
@@ -158,7 +163,7 @@ def test_runs_and_workspaces_give_the_same_bits(dtype: torch.dtype) -> None:
     g = torch.randn(indices.shape)
 
     def run(workspace: int | None) -> list[Tensor]:
-        scores = selected_scores(*inputs, indices, workspace=workspace)
+        scores = scores_at(inputs, indices, workspace=workspace)
         return [scores, *torch.autograd.grad(scores, inputs, g)]
 
     expected = run(None)
@@ -175,8 +180,8 @@ def test_planned_bytes_are_measured_bytes(case: Case, dtype: str) -> None:
     plan = IndexerGeometry(case.b, case.sq, case.sk, case.h, case.d, indices.shape[2], dtype, relu).bill(SELECTED)
     g = torch.randn(indices.shape, dtype=torch.float64 if dtype == "float64" else torch.float32)
     call = case.call()
-    selected_scores(*inputs, indices, **call)
-    forward = allocator_peak(lambda: selected_scores(*inputs, indices, **call), CPU)
+    scores_at(inputs, indices, **call)
+    forward = allocator_peak(lambda: scores_at(inputs, indices, **call), CPU)
     assert LEAST_SHARE * plan.forward <= forward.peak <= plan.forward
     assert forward.left == forward.result.nbytes, "something besides the scores is held for backward"
     backward = allocator_peak(lambda: torch.autograd.grad(forward.result, inputs, g), CPU)
@@ -190,7 +195,7 @@ def test_planned_bytes_are_measured_bytes(case: Case, dtype: str) -> None:
 def test_zero_length_axes_score_nothing(sizes: tuple[int, int, int], b: int, dtype: torch.dtype) -> None:
     sq, sk, topk = sizes
     inputs = leaves(Case(sq, sk, b=b, h=2, d=3), dtype)
-    scores = selected_scores(*inputs, torch.full((b, sq, topk), -1))
+    scores = scores_at(inputs, torch.full((b, sq, topk), -1))
     assert scores.shape == (b, sq, topk)
     assert scores.isneginf().all()
     assert all((grad == 0).all() for grad in torch.autograd.grad(scores, inputs, torch.ones_like(scores)))
@@ -202,10 +207,10 @@ def test_any_subset_of_the_gradients_can_be_asked_for(needed: set[int], activati
     case = Case(20, 30, h=4, d=8, activation=activation)
     everything, indices = leaves(case), some_indices(case, 10)
     g = torch.randn(indices.shape)
-    every = torch.autograd.grad(selected_scores(*everything, indices, **case.call()), everything, g)
+    every = torch.autograd.grad(scores_at(everything, indices, **case.call()), everything, g)
     some = [x.detach().requires_grad_(i in needed) for i, x in enumerate(everything)]
     wanted = [x for x in some if x.requires_grad]
-    grads = torch.autograd.grad(selected_scores(*some, indices, **case.call()), wanted, g)
+    grads = torch.autograd.grad(scores_at(some, indices, **case.call()), wanted, g)
     assert all(map(torch.equal, grads, [every[i] for i in sorted(needed)]))
 
 
@@ -236,37 +241,37 @@ def test_it_compiles_autocasts_checkpoints_and_infers() -> None:
     case = Case(9, 11, h=2, d=4)
     inputs, indices = leaves(case), some_indices(case, 4)
     g = torch.randn(indices.shape)
-    expected = selected_scores(*inputs, indices, causal=True)
+    expected = scores_at(inputs, indices, causal=True)
     grads = torch.autograd.grad(expected, inputs, g)
 
     def agrees(scores: Tensor) -> bool:
         return torch.equal(scores, expected) and all(map(torch.equal, torch.autograd.grad(scores, inputs, g), grads))
 
-    compiled = torch.compile(selected_scores, fullgraph=True, backend="aot_eager")
-    assert agrees(compiled(*inputs, indices, causal=True))
-    assert agrees(checkpoint(selected_scores, *inputs, indices, causal=True, use_reentrant=False))
+    compiled = torch.compile(scores_at, fullgraph=True, backend="aot_eager")
+    assert agrees(compiled(inputs, indices, causal=True))
+    assert agrees(checkpoint(scores_at, inputs, indices, causal=True, use_reentrant=False))
     with torch.autocast("cpu"):
-        assert agrees(selected_scores(*inputs, indices, causal=True))
+        assert agrees(scores_at(inputs, indices, causal=True))
     with torch.inference_mode():
-        assert torch.equal(selected_scores(*inputs, indices, causal=True), expected)
+        assert torch.equal(scores_at(inputs, indices, causal=True), expected)
 
 
 @pytest.mark.filterwarnings("ignore:.torch.jit.script:DeprecationWarning")  # forward mode's own imports
 def test_it_is_differentiable_once_and_in_reverse() -> None:
     inputs, indices = leaves(Case(4, 5, h=2, d=3)), torch.zeros(1, 4, 2, dtype=torch.int32)
-    grads = torch.autograd.grad(selected_scores(*inputs, indices).sum(), inputs, create_graph=True)
+    grads = torch.autograd.grad(scores_at(inputs, indices).sum(), inputs, create_graph=True)
     with pytest.raises(RuntimeError, match=r"headfold: selected_scores can be differentiated once"):
         grads[0].sum().backward()
     with pytest.raises(UnsupportedError, match="selected_scores: differentiates in reverse mode only"):
-        torch.func.jvp(lambda q: selected_scores(q, *inputs[1:], indices), (inputs[0],), (inputs[0],))
-    oracle = selected_scores(*inputs, indices, impl="materialized")
+        torch.func.jvp(lambda q: scores_at([q, *inputs[1:]], indices), (inputs[0],), (inputs[0],))
+    oracle = scores_at(inputs, indices, impl="materialized")
     assert torch.autograd.grad(oracle.sum(), inputs, create_graph=True)[0].requires_grad
 
 
 def test_an_index_past_the_keys_is_refused_by_torch_on_a_cpu() -> None:
     inputs = leaves(Case(2, 3, h=1, d=4))
     with pytest.raises((IndexError, RuntimeError), match="out of range"):
-        selected_scores(*inputs, torch.full((1, 2, 1), 3))
+        scores_at(inputs, torch.full((1, 2, 1), 3))
 
 
 @pytest.mark.parametrize(

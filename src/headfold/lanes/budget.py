@@ -98,18 +98,17 @@ def spend_all(inputs: Inputs, g: Tensor, indices: Tensor | None = None, **call: 
 
     oracle = {**call, "impl": "materialized"}
     truth = _scores_and_grads(scorer(_wide(oracle)), [x if x is None else x.double() for x in inputs], g)
-    others = [partial(_reordered, call, shuffle)] * (ORDERS - 1)
+    others: list[Callable[..., Tensor]] = [partial(_reordered, call, shuffle)]
     if indices is not None:
-        both = [partial(_reordered_at, indices, call, shuffle, gathered) for gathered in (True, False)]
-        others = (both * ORDERS)[: ORDERS - 1]
-    orders = [scorer(oracle), *others]
+        others = [partial(_reordered_at, indices, call, shuffle, gathered) for gathered in (True, False)]
+    orders = [scorer(oracle), *(others * ORDERS)[: ORDERS - 1]]
     bases = [_scores_and_grads(order, inputs, g) for order in orders]
     got = _scores_and_grads(scorer(call), inputs, g)
     return {name: spend(got[name], truth[name], [base[name] for base in bases], ROW_AXES[name]) for name in got}
 
 
-def _selected(indices: Tensor, call: dict[str, Any], *inputs: Tensor) -> Tensor:
-    return selected_scores(*inputs, indices, **call)
+def _selected(indices: Tensor, call: dict[str, Any], q: Tensor, weights: Tensor | None, k: Tensor) -> Tensor:
+    return selected_scores(q, weights, k, indices, **call)
 
 
 def _reordered(
