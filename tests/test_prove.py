@@ -103,7 +103,7 @@ def test_what_does_not_fit_is_not_started_and_names_its_bytes(monkeypatch: pytes
     g = problem.geometry
     needed = g.bill("materialized").training + g.inputs_bytes + g.scores_bytes + PROCESS_SLACK
     monkeypatch.setattr(measure, "free_memory", lambda _: needed - 1)
-    monkeypatch.setattr("headfold.lanes.residency.materialized", unstartable_training)
+    monkeypatch.setattr("headfold.lanes.paths.materialized", unstartable_training)
     lane = residency(problem, CPU, process=False)
     (skipped,) = (row for row in lane.rows if row["verdict"] == SKIP)
     assert (skipped["path"], skipped["phase"]) == ("materialized", "forward + backward")
@@ -114,13 +114,13 @@ def test_what_does_not_fit_is_not_started_and_names_its_bytes(monkeypatch: pytes
 
 def unstartable_training() -> Any:
     """Return the materialised path, whose scores of the problem itself may not be asked for under autograd."""
-    from headfold.lanes.paths import ScorePath
+    from headfold.lanes.paths import IndexerPath
 
     def forward(q: torch.Tensor, weights: torch.Tensor, k: torch.Tensor, causal: bool, scale: float) -> torch.Tensor:
         assert not (q.requires_grad and len(q) == 128), "started"
         return index_scores(q, weights, k, causal=causal, scale=scale, impl="materialized")
 
-    return ScorePath("materialized", "materialized", forward)
+    return IndexerPath("materialized", "materialized", forward)
 
 
 @pytest.mark.parametrize(("dtype", "multiplied"), [(torch.bfloat16, torch.float32), (torch.float64, torch.float64)])

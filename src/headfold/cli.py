@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 import torch
 import typer
@@ -29,6 +29,9 @@ from headfold.lanes.plan import plan as run_plan
 from headfold.lanes.problem import Problem, from_file
 from headfold.lanes.record import FAIL, PASS, SKIP, Lane
 from headfold.lanes.residency import residency as run_residency
+from headfold.lanes.residency import selection_residency as run_selection_residency
+from headfold.lanes.selection_parity import selection_parity as run_selection_parity
+from headfold.lanes.selection_speed import selection_speed as run_selection_speed
 from headfold.lanes.speed import speed as run_speed
 from headfold.lanes.speed import sweep as run_sweep
 from headfold.presets import SHAPES, find_preset, parse_shape
@@ -44,7 +47,9 @@ out, err = Console(width=None if sys.stdout.isatty() else 160), Console(stderr=T
 STYLES = {PASS: "green", FAIL: "bold red", SKIP: "yellow"}
 
 Preset = Annotated[str | None, typer.Option(help="A published model's indexer, such as deepseek-v3.2 or glm-5.")]
-Shape = Annotated[str | None, typer.Option(help='small, prod, full, or text like "b=1,sq=4096,sk=4096,h=32,d=128".')]
+Shape = Annotated[
+    str | None, typer.Option(help='small, prod, full, chunk, or text like "b=1,sq=4096,sk=4096,h=32,d=128".')
+]
 Inputs = Annotated[Path | None, typer.Option(help="A safetensors file with captured q, weights and k.")]
 Tokens = Annotated[
     int | None, typer.Option(min=1, help="Positions of a --preset's prefill; 4096 (parity: 512) when not given.")
@@ -90,7 +95,10 @@ def parity(
     if preset is not None and tokens is None:
         tokens = 512  # the budgets look at fewer rows than that
     problem = _problem(preset, shape, inputs, tokens, None, None, False)
-    _finish([run_parity(problem, where, impl=impl, track=_track(as_json))], as_json)
+    lanes = [run_parity(problem, where, impl=impl, track=_track(as_json))]
+    if problem.geometry.topk:
+        lanes.append(run_selection_parity(problem, where, impl=impl, track=_track(as_json)))
+    _finish(lanes, as_json)
 
 
 @app.command()
@@ -103,7 +111,9 @@ def residency(
     dtype: Dtype = None,
     causal: Causal = False,
     workspace: Workspace = None,
-    full: Annotated[bool, typer.Option("--full", help="The seed's full shape: b=8, sq=sk=4096, h=32, d=128.")] = False,
+    full: Annotated[
+        bool, typer.Option("--full", help="The seed's full shape, and selections from 16384 and 65536 keys (minutes).")
+    ] = False,
     process: Annotated[bool, typer.Option(help="Also read the peak of a fresh process for each row (CPU).")] = True,
     device: Device = "cpu",
     threads: Threads = None,
@@ -115,8 +125,13 @@ def residency(
         _exclude("--full", preset=preset, shape=shape, inputs=inputs)
     problem = _problem(preset, "full" if full else shape, inputs, tokens, batch, dtype, causal)
     _enough(workspace, problem)
-    lane = run_residency(problem, where, workspace=workspace, process=process, track=_track(as_json))
-    _finish([lane], as_json)
+    track = _track(as_json)
+    lanes = [run_residency(problem, where, workspace=workspace, process=process, track=track)]
+    if full:
+        lanes += report.long_selections(where, workspace=workspace, process=process, track=track)
+    elif problem.geometry.topk:
+        lanes.append(run_selection_residency(problem, where, workspace=workspace, process=process, track=track))
+    _finish(lanes, as_json)
 
 
 @app.command()
@@ -137,7 +152,8 @@ def speed(
         bool, typer.Option("--sweep", help="Show where headfold starts to pay, over shapes and dtypes.")
     ] = False,
     targets: Annotated[
-        bool, typer.Option("--targets", help="Judge the project's speed targets (two CPU cores, float32, prod).")
+        bool,
+        typer.Option("--targets", help="Judge the project's speed targets (two CPU cores, prod and chunk)."),
     ] = False,
     device: Device = "cpu",
     threads: Threads = None,
@@ -147,12 +163,16 @@ def speed(
     where, track = _device(device, threads), _track(as_json)
     if sweep:
         _exclude("--sweep", preset=preset, shape=shape, inputs=inputs, dtype=dtype, workspace=workspace)
-        lane = run_sweep(where, rounds=rounds, track=track)
-    else:
-        problem = _problem(preset, shape, inputs, tokens, batch, dtype, causal)
-        _enough(workspace, problem)
-        lane = run_speed(problem, where, rounds=rounds, targets=targets, peers=peers, workspace=workspace, track=track)
-    _finish([lane], as_json)
+        _finish([run_sweep(where, rounds=rounds, track=track)], as_json)
+    problem = _problem(preset, shape, inputs, tokens, batch, dtype, causal)
+    _enough(workspace, problem)
+    options: dict[str, Any] = {"rounds": rounds, "targets": targets, "workspace": workspace, "track": track}
+    lanes = [run_speed(problem, where, peers=peers, **options)]
+    if problem.geometry.topk:
+        # The targets of scoring and of selecting are stated at shapes of their own.
+        chosen = Problem(SHAPES["chunk"]) if targets and problem == Problem(SHAPES["prod"]) else problem
+        lanes.append(run_selection_speed(chosen, where, **options))
+    _finish(lanes, as_json)
 
 
 @app.command()
@@ -236,8 +256,8 @@ def _exclude(option: str, **others: object) -> None:
 
 
 def _enough(workspace: int | None, problem: Problem) -> None:
-    """Refuse a workspace that forward and backward do not fit in, before anything runs."""
-    least = problem.geometry.backward_scratch
+    """Refuse a workspace that some op on this problem does not fit in, before anything runs."""
+    least = problem.geometry.least_workspace
     if workspace is not None and workspace < least:
         raise ValueError(f"--workspace: needs at least {least} bytes for this shape, got {workspace}.")
 
@@ -274,7 +294,7 @@ def _bar(items: Sequence[Any], description: str, *, quiet: bool) -> Iterable[Any
     return rich_track(items, description=description, console=err, transient=True, disable=quiet)
 
 
-def _finish(lanes: list[Lane], as_json: bool) -> None:
+def _finish(lanes: list[Lane], as_json: bool) -> NoReturn:
     """Print the lanes and exit with 0 if every verdict passed, 1 if one failed."""
     passed = all(lane.passed for lane in lanes)
     if as_json:

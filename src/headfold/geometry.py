@@ -136,6 +136,13 @@ class IndexerGeometry:
         shape = self.sq, self.topk, self.heads, self.dim, self.compute_itemsize, self.itemsize
         return GatherTile.of(*shape, relu=self.relu)
 
+    @property
+    def least_workspace(self) -> int:
+        """The smallest workspace in which scores and, where topk is given, selections work, with gradients."""
+        if self.topk == 0:
+            return self.backward_scratch
+        return max(self.backward_scratch, self.selection(0).scratch_bytes, self.gather_tile.backward_bytes)
+
     def selection(self, workspace: int = DEFAULT_WORKSPACE) -> Selection:
         """Return the selecting fold that a workspace leaves room for."""
         return Selection.of(self.tile, self.sk, self.topk, workspace)

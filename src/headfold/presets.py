@@ -71,18 +71,25 @@ PRESETS: dict[str, Preset] = {
 }  # fmt: skip
 
 # The seed gives "full"; "prod" is one sequence of it, which a laptop can also run materialised; "small" takes seconds.
+# "chunk" is a chunk of a long prefill, where selecting costs most beside scoring.
 SHAPES: dict[str, IndexerGeometry] = {
     "small": IndexerGeometry(1, 512, 512, 8, 64, topk=128),
     "prod": IndexerGeometry(1, 4096, 4096, 32, 128, topk=2048),
     "full": IndexerGeometry(8, 4096, 4096, 32, 128, topk=2048),
+    "chunk": IndexerGeometry(1, 2048, 16384, 32, 128, topk=2048),
 }
+# Where a score matrix would be 1 GiB, and 512 MiB for a chunk of rows: what `residency --full` selects from.
+LONG_SHAPES = (
+    IndexerGeometry(1, 16384, 16384, 32, 128, topk=2048),
+    IndexerGeometry(1, 2048, 65536, 32, 128, topk=2048),
+)
 
 _FIELDS = {"b": "b", "sq": "sq", "sk": "sk", "h": "heads", "d": "dim", "topk": "topk", "dtype": "dtype"}
 _EXAMPLE = "b=1,sq=4096,sk=4096,h=32,d=128"
 
 
 def parse_shape(text: str) -> IndexerGeometry:
-    """Return a geometry from "small", "prod", "full" or text such as "b=1,sq=4096,sk=4096,h=32,d=128".
+    """Return a geometry from "small", "prod", "full", "chunk" or text such as "b=1,sq=4096,sk=4096,h=32,d=128".
 
     sk defaults to sq, b to 1, topk to 0 and dtype to float32.
 

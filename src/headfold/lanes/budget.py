@@ -72,17 +72,35 @@ def spend(got: Tensor, truth: Tensor, bases: Sequence[Tensor], axes: int = 1) ->
     if got.numel() == 0:
         return Spent(0.0, 0.0, (), 0)
 
-    def row_error(x: Tensor) -> Tensor:
-        return torch.where(settled, x.double() - truth, 0).abs().flatten(-axes).amax(-1)
-
     largest = torch.where(settled, truth, 0).abs().flatten(-axes).amax(-1)
-    error = row_error(torch.where(same, got, truth))
-    budget = 2 * (torch.stack([row_error(base) for base in bases]).amax(0) + eps * largest)
+    error = _row_error(torch.where(same, got, truth), truth, axes)
+    budget = row_budget(truth, bases, eps, axes)
     share = torch.where(error == 0, 0.0, error / budget)
     worst = int(share.argmax())
     place = tuple(int(i) for i in torch.unravel_index(torch.tensor(worst), share.shape))
     relative = float(error[place] / largest[place]) if largest[place] > 0 else float(error[place])
     return Spent(float(share[place]), relative, place, int((~same).sum()))
+
+
+def row_budget(truth: Tensor, bases: Sequence[Tensor], eps: float, axes: int = 1) -> Tensor:
+    """Return what each row may be off by, given the float64 truth, the materialised path's results and their eps."""
+    largest = torch.where(truth.isfinite(), truth, 0).abs().flatten(-axes).amax(-1)
+    return 2 * (torch.stack([_row_error(base, truth, axes) for base in bases]).amax(0) + eps * largest)
+
+
+def _row_error(x: Tensor, truth: Tensor, axes: int) -> Tensor:
+    return torch.where(truth.isfinite(), x.double() - truth, 0).abs().flatten(-axes).amax(-1)
+
+
+def score_budget(q: Tensor, weights: Tensor, k: Tensor, **call: Any) -> tuple[Tensor, Tensor]:
+    """Return float64 scores [b, sq, sk] and the error budget [b, sq] of scores in the inputs' dtype."""
+    shuffle = torch.Generator(q.device).manual_seed(0)
+    oracle = {**call, "impl": "materialized"}
+    with torch.no_grad():
+        truth = index_scores(q.double(), weights.double(), k.double(), **_wide(oracle))
+        bases = [index_scores(q, weights, k, **oracle)]
+        bases += [_reordered(call, shuffle, q, weights, k) for _ in range(ORDERS - 1)]
+    return truth, row_budget(truth, bases, torch.finfo(bases[0].dtype).eps)
 
 
 def spend_all(inputs: Inputs, g: Tensor, indices: Tensor | None = None, **call: Any) -> dict[str, Spent]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -33,7 +34,7 @@ ROWS = 192
 def parity(problem: Problem, device: torch.device, *, impl: str = "auto", track: Track[Any] = no_track) -> Lane:
     """Check that forward and backward keep the contract, on small float64 inputs and on the problem's own tensors."""
     lane = Lane("parity", "Do forward and backward keep the contract of the materialised path?", COLUMNS)
-    for name, call in track(list(_gradcheck_cases(device).items()), "gradcheck, float64"):
+    for name, call in track(list(gradcheck_cases(device).items()), "gradcheck, float64"):
         lane.rows.append(_gradcheck(name, call, device, impl))
     for dtype in track(DTYPES, "error budgets"):
         for name, inputs, call in _budget_cases(problem, device, dtype):
@@ -47,7 +48,8 @@ def parity(problem: Problem, device: torch.device, *, impl: str = "auto", track:
     return lane
 
 
-def _gradcheck_cases(device: torch.device) -> dict[str, dict[str, Any]]:
+def gradcheck_cases(device: torch.device) -> dict[str, dict[str, Any]]:
+    """Options of every kind for a call with sq=5, sk=7."""
     bias = torch.zeros(1, 5, 7, dtype=torch.float64, device=device)
     bias[:, :, 2] = float("-inf")
     cu = torch.tensor([0, 2, 5], device=device), torch.tensor([0, 3, 7], device=device)
@@ -63,21 +65,27 @@ def _gradcheck_cases(device: torch.device) -> dict[str, dict[str, Any]]:
 
 
 def _gradcheck(name: str, call: dict[str, Any], device: torch.device, impl: str) -> Row:
+    def scores(q: Tensor, weights: Tensor, k: Tensor) -> Tensor:
+        return index_scores(q, weights, k, impl=impl, **call)
+
+    return gradcheck_row(f"gradcheck, {name}", scores, device)
+
+
+def gradcheck_row(check: str, scorer: Callable[[Tensor, Tensor, Tensor], Tensor], device: torch.device) -> Row:
+    """Run gradcheck on what a scorer makes of small float64 q, weights and k, -inf left out."""
     generator = torch.Generator(device).manual_seed(0)
 
     def make(*shape: int) -> Tensor:
         x = torch.randn(shape, generator=generator, dtype=torch.float64, device=device)
         return x.requires_grad_()
 
-    inputs = make(5, 2, 3, 4), make(5, 2, 3), make(7, 2, 4)
-
-    def visible_scores(*x: Tensor) -> Tensor:
-        scores = index_scores(*x, impl=impl, **call)
+    def visible_scores(q: Tensor, weights: Tensor, k: Tensor) -> Tensor:
+        scores = scorer(q, weights, k)
         return torch.where(scores.detach().isneginf(), 0, scores)
 
-    row: Row = {"check": f"gradcheck, {name}", "dtype": "float64", "result": "dq, dweights, dk"}
+    row: Row = {"check": check, "dtype": "float64", "result": "dq, dweights, dk"}
     try:
-        gradcheck(visible_scores, inputs)
+        gradcheck(visible_scores, (make(5, 2, 3, 4), make(5, 2, 3), make(7, 2, 4)))
     except GradcheckError as error:
         return {**row, "verdict": FAIL, "note": str(error).splitlines()[0]}
     return {**row, "verdict": PASS}

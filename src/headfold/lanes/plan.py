@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from headfold.geometry import PATHS, IndexerGeometry
+from headfold.geometry import PATHS, SELECTED, SELECTING, IndexerGeometry
 from headfold.lanes.record import Column, Lane, Row
 from headfold.tiles import DEFAULT_WORKSPACE
 
@@ -28,7 +28,7 @@ def plan(geometry: IndexerGeometry, *, causal: bool = False) -> Lane:
     """Bill each path for one layer's indexer, and say on which devices its training step fits."""
     g = geometry
     lane = Lane("plan", f"What does the indexer of {describe(g)} cost?", COLUMNS, notes=_notes(g, causal))
-    for path in PATHS:
+    for path in (*PATHS, *((*SELECTING, SELECTED) if g.topk else ())):
         bill = g.bill(path, causal=causal)
         needed = bill.training + g.inputs_bytes
         fits = [name for name, size in DEVICES.items() if needed <= size]
@@ -56,5 +56,8 @@ def _notes(g: IndexerGeometry, causal: bool) -> list[str]:
         f"{g.backward_flops(causal=causal) / 1e9:,.4g} GFLOP{' (causal)' if causal else ''}.",
     ]
     if g.topk:
-        notes.append(f"The selection itself, [b, sq, topk] int32, is {show_bytes(g.indices_bytes)}.")
+        notes.append(
+            f"A selection, [b, sq, topk] int32, is {show_bytes(g.indices_bytes)}; the [b, sq, sk] score matrix that "
+            f"index_topk never makes is {g.scores_bytes:,} bytes ({show_bytes(g.scores_bytes)})."
+        )
     return notes

@@ -37,12 +37,13 @@ class Problem:
         return [x.to(device, dtype).requires_grad_(grad) for x in found]
 
 
-def incoming(problem: Problem, device: torch.device) -> Tensor:
-    """Return a fixed dL/dscores [b, sq, sk] of either sign, in the compute dtype."""
+def incoming(problem: Problem, device: torch.device, *, kept: bool = False) -> Tensor:
+    """Return a fixed dL/dscores of either sign, in the compute dtype: [b, sq, sk], or of kept scores [b, sq, topk]."""
     g = problem.geometry
+    columns = g.topk if kept else g.sk
     dtype = torch.float64 if g.dtype == "float64" else torch.float32
     generator = torch.Generator(device).manual_seed(1)
-    return torch.randn(g.b, g.sq, g.sk, generator=generator, device=device, dtype=dtype)
+    return torch.randn(g.b, g.sq, columns, generator=generator, device=device, dtype=dtype)
 
 
 def _random(g: IndexerGeometry, device: torch.device, dtype: torch.dtype) -> list[Tensor]:

@@ -14,9 +14,11 @@ from headfold.lanes.parity import parity
 from headfold.lanes.plan import describe, plan
 from headfold.lanes.problem import Problem
 from headfold.lanes.record import Lane, Track, no_track, show_facts
-from headfold.lanes.residency import residency
+from headfold.lanes.residency import residency, selection_residency
+from headfold.lanes.selection_parity import selection_parity
+from headfold.lanes.selection_speed import selection_speed
 from headfold.lanes.speed import speed
-from headfold.presets import SHAPES
+from headfold.presets import LONG_SHAPES, SHAPES
 from headfold.tiles import DEFAULT_WORKSPACE
 
 CAPTIONS = {
@@ -29,18 +31,39 @@ CAPTIONS = {
 def prove(
     problem: Problem, device: torch.device, *, rounds: int = 3, full: bool = False, track: Track[Any] = no_track
 ) -> list[Lane]:
-    """Run plan, parity, residency and speed; `full` adds the residency of the seed's full shape."""
-    lanes = [
-        plan(problem.geometry, causal=problem.causal),
-        parity(problem, device, track=track),
-        residency(problem, device, track=track),
-        speed(problem, device, rounds=rounds, track=track),
-    ]
+    """Run plan, parity, residency and speed, of scores and, where topk is given, of selection.
+
+    `full` adds the residency of the seed's full shape, and of selections from 16384 and 65536 keys.
+    """
+    selects = problem.geometry.topk > 0
+    lanes = [plan(problem.geometry, causal=problem.causal), parity(problem, device, track=track)]
+    if selects:
+        lanes.append(selection_parity(problem, device, track=track))
+    lanes.append(residency(problem, device, track=track))
     if full:
         # One workspace, and no loop: it fits but takes minutes (`headfold residency --full` has both).
         large = residency(Problem(SHAPES["full"]), device, workspace=DEFAULT_WORKSPACE, with_loop=False, track=track)
         large.name, large.question = "residency, full shape", f"And at {describe(SHAPES['full'])}?"
-        lanes.insert(3, large)
+        lanes.append(large)
+    if selects:
+        lanes.append(selection_residency(problem, device, track=track))
+    if full:
+        lanes += long_selections(device, track=track)
+    lanes.append(speed(problem, device, rounds=rounds, track=track))
+    if selects:
+        lanes.append(selection_speed(problem, device, rounds=rounds, track=track))
+    return lanes
+
+
+def long_selections(
+    device: torch.device, *, workspace: int | None = DEFAULT_WORKSPACE, process: bool = True, track: Track[Any]
+) -> list[Lane]:
+    """Measure selections from contexts whose score matrix would be a gibibyte, and half of one."""
+    lanes = []
+    for shape in LONG_SHAPES:
+        lane = selection_residency(Problem(shape), device, workspace=workspace, process=process, track=track)
+        lane.name, lane.question = f"selection residency, {shape.sk} keys", f"And at {describe(shape)}?"
+        lanes.append(lane)
     return lanes
 
 

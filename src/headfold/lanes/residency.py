@@ -8,12 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from headfold.geometry import IndexerGeometry
 from headfold.lanes import measure
-from headfold.lanes.paths import ScorePath, headfold, loop, materialized
+from headfold.lanes.paths import IndexerPath, rebuilt, scoring, selecting
 from headfold.lanes.problem import Problem, incoming
 from headfold.lanes.record import FAIL, PASS, SKIP, Column, Lane, Row, Track, no_track, show_bytes
-from headfold.tiles import DEFAULT_WORKSPACE, MIB
+from headfold.tiles import MIB
 
 COLUMNS = (
     Column("path", "path"),
@@ -43,7 +42,7 @@ def residency(
     with_loop: bool = True,
     track: Track[Any] = no_track,
 ) -> Lane:
-    """Measure every path that fits, forward and through backward, and hold it to the plan.
+    """Measure every way to score that fits, forward and through backward, and hold it to the plan.
 
     Args:
         problem: the tensors.
@@ -53,17 +52,38 @@ def residency(
         with_loop: whether the per-head loop runs too.
         track: wraps the list of paths, for a progress bar.
     """
-    g = problem.geometry
     lane = Lane("residency", "Do the measured peaks equal the planned ones?", COLUMNS)
-    paths = [materialized(), *([loop()] if with_loop else []), *_ours(g, workspace)]
-    for path, phase in track([(path, phase) for path in paths for phase in (FORWARD, TRAINING)], "residency"):
-        lane.rows.extend(_measure(problem, path, phase, device, process=process and device.type == "cpu"))
+    paths = scoring(problem.geometry, workspace, with_loop=with_loop)
+    return _fill(lane, problem, paths, device, process=process, track=track)
+
+
+def selection_residency(
+    problem: Problem,
+    device: torch.device,
+    *,
+    workspace: int | None = None,
+    process: bool = True,
+    track: Track[Any] = no_track,
+) -> Lane:
+    """Measure every way to select topk keys a row, and our scores of what was selected; arguments as in residency."""
+    lane = Lane("selection residency", "And when only topk keys a row are kept?", COLUMNS)
+    paths = selecting(problem.geometry, device, workspace)
+    return _fill(lane, problem, paths, device, process=process, track=track)
+
+
+def _fill(
+    lane: Lane, problem: Problem, paths: list[IndexerPath], device: torch.device, *, process: bool, track: Track[Any]
+) -> Lane:
+    process = process and device.type == "cpu"
+    rows = [(path, phase) for path in paths for phase in (FORWARD, TRAINING) if phase == FORWARD or path.trains]
+    for path, phase in track(rows, lane.name):
+        lane.rows.extend(_measure(problem, path, phase, device, process=process))
     lane.notes = [
         f"Bytes beyond the inputs, results included, counted by {_counter(device)}. "
         f"A row passes if {LEAST_SHARE} · planned <= measured <= planned.",
         f"headfold rows also hold the contract: measured - results <= workspace + {show_bytes(SMALL_CHANGE)}.",
     ]
-    if process and device.type == "cpu":
+    if process:
         lane.notes.append(
             "Process peak: growth of the resident set of a fresh process over the same call. For headfold at most "
             f"planned + {show_bytes(PROCESS_SLACK)} of slack for library scratch outside the allocator; for the other "
@@ -76,18 +96,12 @@ def _counter(device: torch.device) -> str:
     return "the CUDA allocator's peak counter" if device.type == "cuda" else "the CPU allocator's events"
 
 
-def _ours(g: IndexerGeometry, workspace: int | None) -> list[ScorePath]:
-    if workspace is not None:
-        return [headfold(workspace, f"headfold, {show_bytes(workspace)} workspace")]
-    least = max(16 * MIB, g.backward_scratch)
-    return [headfold(), headfold(least, f"headfold, {show_bytes(least)} workspace")]
-
-
-def _measure(problem: Problem, path: ScorePath, phase: str, device: torch.device, *, process: bool) -> list[Row]:
+def _measure(problem: Problem, path: IndexerPath, phase: str, device: torch.device, *, process: bool) -> list[Row]:
     bill = path.bill(problem)
     planned = bill.forward if phase == FORWARD else bill.training
     row: Row = {"path": path.name, "phase": phase, "planned": planned}
-    needed = planned + problem.geometry.inputs_bytes + problem.geometry.scores_bytes + PROCESS_SLACK
+    given = problem.geometry.inputs_bytes + path.result_bytes(problem)  # dL/dscores is as large as the result
+    needed = planned + given + PROCESS_SLACK
     free = measure.free_memory(device)
     if needed > free:
         note = f"needs {needed:,} bytes ({show_bytes(needed)}) with inputs and slack, {show_bytes(free)} are free"
@@ -104,10 +118,10 @@ def _measure(problem: Problem, path: ScorePath, phase: str, device: torch.device
     return rows
 
 
-def _training_rows(row: Row, problem: Problem, path: ScorePath, device: torch.device, held: int) -> list[Row]:
+def _training_rows(row: Row, problem: Problem, path: IndexerPath, device: torch.device, held: int) -> list[Row]:
     _warm(problem, path, device)
     inputs = problem.tensors(device, grad=True)
-    g = incoming(problem, device)
+    g = incoming(problem, device, kept=path.kept)
     forward = measure.allocator_peak(lambda: path(inputs, problem.causal, problem.scale), device)
     scores = [forward.result]
     kept = forward.left - scores[0].nbytes
@@ -117,21 +131,23 @@ def _training_rows(row: Row, problem: Problem, path: ScorePath, device: torch.de
     return [_judge({**row, "measured": measured}, problem, path), _judge(held_row, problem, path)]
 
 
-def prepare_forward(problem: Problem, path: ScorePath, device: torch.device) -> Callable[[], Tensor]:
+def prepare_forward(problem: Problem, path: IndexerPath, device: torch.device) -> Callable[[], Tensor]:
     """Make the inputs and return the forward call on them."""
     inputs = problem.tensors(device)
     return lambda: path(inputs, problem.causal, problem.scale)
 
 
-def _warm(problem: Problem, path: ScorePath, device: torch.device) -> None:
+def _warm(problem: Problem, path: IndexerPath, device: torch.device) -> None:
     """Run the path once at a small shape, so that what a library allocates for good is not counted."""
     g = problem.geometry.with_(b=1, sq=min(16, problem.geometry.sq), sk=min(16, problem.geometry.sk))
     small = Problem(g, problem.causal, problem.scale)
-    inputs = small.tensors(device, grad=True)
-    torch.autograd.grad(path(inputs, small.causal, small.scale), inputs, incoming(small, device))
+    inputs, warming = small.tensors(device, grad=path.trains), rebuilt(path.family, g, device, path.workspace)
+    result = warming(inputs, small.causal, small.scale)
+    if path.trains:
+        torch.autograd.grad(result, inputs, incoming(small, device, kept=path.kept))
 
 
-def _judge(row: Row, problem: Problem, path: ScorePath) -> Row:
+def _judge(row: Row, problem: Problem, path: IndexerPath) -> Row:
     planned, measured = row["planned"], row["measured"]
     row["ratio"] = measured / planned if planned else None
     row["verdict"] = PASS
@@ -139,13 +155,12 @@ def _judge(row: Row, problem: Problem, path: ScorePath) -> Row:
         row |= {"verdict": FAIL, "note": f"{measured - planned:,} bytes above planned"}
     elif measured < LEAST_SHARE * planned - FEW_BYTES:
         row |= {"verdict": FAIL, "note": f"below {LEAST_SHARE} of planned"}
-    if path.family == "headfold" and row["phase"] != HELD:
+    if path.ours and row["phase"] != HELD:
         g = problem.geometry
-        results = g.scores_bytes + (g.gradients_bytes + g.accumulator_bytes if row["phase"] == TRAINING else 0)
-        workspace = DEFAULT_WORKSPACE if path.workspace is None else path.workspace
-        row["beyond_results"] = measured - results
-        row["bound"] = workspace + SMALL_CHANGE
-        said = f"{show_bytes(max(0, measured - results))} beyond results"
+        gradients = g.gradients_bytes + g.accumulator_bytes if row["phase"] == TRAINING else 0
+        row["beyond_results"] = measured - path.result_bytes(problem) - gradients
+        row["bound"] = path.workspace_bytes + SMALL_CHANGE
+        said = f"{show_bytes(max(0, row['beyond_results']))} beyond results"
         if row["beyond_results"] > row["bound"]:
             row["verdict"] = FAIL
             said = f"{row['beyond_results'] - row['bound']:,} bytes above workspace and results"
@@ -153,11 +168,11 @@ def _judge(row: Row, problem: Problem, path: ScorePath) -> Row:
     return row
 
 
-def _with_process(row: Row, problem: Problem, path: ScorePath) -> Row:
+def _with_process(row: Row, problem: Problem, path: IndexerPath) -> Row:
     threads = torch.get_num_threads()
     peak = measure.in_fresh_process(process_row, problem, path.family, path.workspace, row["phase"], threads)
     row["process"] = peak
-    if path.family == "headfold":
+    if path.ours:
         row["process_bound"] = row["planned"] + PROCESS_SLACK
     if peak is None:
         said = "the fresh process did not survive"
@@ -172,11 +187,11 @@ def process_row(problem: Problem, family: str, workspace: int | None, phase: str
     """In a fresh process: make the inputs, warm up, and return the peak of the resident set over the call."""
     torch.set_num_threads(threads)
     device = torch.device("cpu")
-    path = {"materialized": materialized, "per-head loop": loop}.get(family, lambda: headfold(workspace))()
+    path = rebuilt(family, problem.geometry, device, workspace)
     _warm(problem, path, device)
     if phase == FORWARD:
         return measure.process_peak(prepare_forward(problem, path, device))
-    inputs, g = problem.tensors(device, grad=True), incoming(problem, device)
+    inputs, g = problem.tensors(device, grad=True), incoming(problem, device, kept=path.kept)
 
     def train() -> None:
         torch.autograd.grad(path(inputs, problem.causal, problem.scale), inputs, g)

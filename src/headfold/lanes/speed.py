@@ -11,7 +11,7 @@ from torch import Tensor
 
 from headfold.geometry import IndexerGeometry
 from headfold.lanes import measure
-from headfold.lanes.paths import ScorePath, headfold, loop, materialized
+from headfold.lanes.paths import IndexerPath, headfold, loop, materialized
 from headfold.lanes.problem import Problem, incoming
 from headfold.lanes.record import FAIL, PASS, SKIP, Column, Lane, Row, Track, no_track, show_bytes
 
@@ -67,11 +67,11 @@ def speed(
     product = measure.MatrixProduct(device, getattr(torch, g.dtype))
     runners: dict[str, Callable[[], dict[str, float]]] = {}
     for path in (materialized(), loop(), headfold(workspace)):
-        skipped = _skipped(problem, path, device)
-        if skipped is None:
+        unfit = skipped(problem, path, device)
+        if unfit is None:
             runners[path.name] = _runner(problem, path, device, extra=path.family == "headfold")
         else:
-            lane.rows.append(skipped)
+            lane.rows.append(unfit)
     if peers:
         found, absent = _peer_runners(problem, device)
         runners.update(found)
@@ -98,8 +98,9 @@ def speed(
     return lane
 
 
-def _skipped(problem: Problem, path: ScorePath, device: torch.device) -> Row | None:
-    needed = path.bill(problem).training + problem.geometry.inputs_bytes + problem.geometry.scores_bytes
+def skipped(problem: Problem, path: IndexerPath, device: torch.device) -> Row | None:
+    """Return the row of a path that does not fit in memory and is not started, or None."""
+    needed = path.bill(problem).training + problem.geometry.inputs_bytes + path.result_bytes(problem)
     free = measure.free_memory(device)
     if needed <= free:
         return None
@@ -107,7 +108,9 @@ def _skipped(problem: Problem, path: ScorePath, device: torch.device) -> Row | N
     return {"path": path.name, "phase": BOTH, "verdict": SKIP, "note": note}
 
 
-def _runner(problem: Problem, path: ScorePath, device: torch.device, *, extra: bool) -> Callable[[], dict[str, float]]:
+def _runner(
+    problem: Problem, path: IndexerPath, device: torch.device, *, extra: bool
+) -> Callable[[], dict[str, float]]:
     inputs = problem.tensors(device)
     leaves = [x.detach().requires_grad_() for x in inputs]
     halves = [x.bfloat16() for x in inputs]
@@ -174,6 +177,9 @@ def _row(
     baseline = readings.get(("materialized", FORWARD if phase.startswith("forward (") else phase))
     if baseline is not None and name != "materialized":
         row["speedup"] = statistics.median(b / t for b, t in zip(baseline, taken, strict=True))
+    if baseline is not None and (name, phase) == ("headfold", BOTH):
+        ceiling = statistics.median(b * rate / flops for b, rate in zip(baseline, rates, strict=True))
+        row["note"] = f"its products alone, at the matrix-product rate, would be {ceiling:.2f}x"
     if name == "headfold" and phase in (CAUSAL, HALF):
         full = readings[(name, FORWARD)]
         row["of_forward"] = statistics.median(t / f for t, f in zip(taken, full, strict=True))
@@ -216,9 +222,9 @@ def _sweep_row(g: IndexerGeometry, device: torch.device, rounds: int) -> Row:
     row: Row = {"shape": f"s={g.sq}, h={g.heads}, d={g.dim}", "dtype": g.dtype}
     row["bytes_saved"] = g.bill("materialized").training - g.bill("headfold").training
     for path in (materialized(), headfold()):
-        skipped = _skipped(problem, path, device)
-        if skipped is not None:
-            return {**row, "note": skipped["note"]}
+        unfit = skipped(problem, path, device)
+        if unfit is not None:
+            return {**row, "note": unfit["note"]}
     ours, theirs = (_runner(problem, path, device, extra=False) for path in (headfold(), materialized()))
     ours(), theirs()
     pairs = [(ours()[BOTH], theirs()[BOTH]) for _ in range(rounds)]
