@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import os
@@ -78,7 +79,8 @@ def test_the_same_figure_is_the_same_file(proof: tuple[Path, list[Lane]], tmp_pa
 def test_the_json_report_holds_every_lane_and_where_it_was_measured(proof: tuple[Path, list[Lane]]) -> None:
     found = json.loads((proof[0] / "report.json").read_text(encoding="utf-8"))
     assert found["passed"] is True
-    assert [lane["name"] for lane in found["lanes"]] == ["plan", "parity", "residency", "speed"]
+    pairs = [[name, f"selection {name}"] for name in ("parity", "residency", "speed")]
+    assert [lane["name"] for lane in found["lanes"]] == ["plan", *itertools.chain(*pairs)]
     assert [len(lane["rows"]) for lane in found["lanes"]] == [len(lane.rows) for lane in proof[1]]
     assert {"headfold", "torch", "python", "cpu", "threads", "memory_bytes", "device"} <= set(found["environment"])
     assert found["source"].startswith(CAPTURE.name)

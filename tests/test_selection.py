@@ -93,6 +93,18 @@ def test_what_is_selected_does_not_depend_on_the_workspace_or_the_run(dtype: tor
         assert torch.equal(again.scores, expected.scores)
 
 
+@pytest.mark.parametrize("h", [1, 4])
+def test_blocks_of_fewer_rows_select_by_the_same_bits(h: int) -> None:
+    q, weights, k = (x for x in Case(700, 6000, h=h, d=32).inputs() if x is not None)
+    tile = eager.tile_of(q.transpose(0, 1), k.transpose(0, 1), True)
+    assert Selection.of(tile, 6000, 3000, 0).tile.rows < tile.rows
+    best, order = torch.sort(index_scores(q, weights, k) + 0.0, dim=-1, descending=True, stable=True)
+    selected = index_topk(q, weights, k, 3000, with_scores=True)
+    assert torch.equal(selected.indices, order[..., :3000].int())
+    assert selected.scores is not None
+    assert torch.equal(selected.scores, best[..., :3000])
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("workspace", [16 * MIB, 64 * MIB])
 def test_beyond_its_results_a_selection_takes_its_workspace(dtype: torch.dtype, workspace: int) -> None:

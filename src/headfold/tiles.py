@@ -6,7 +6,7 @@ The walk and the planner both read their numbers here, so a planned byte is an a
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 MIB = 1 << 20
 DEFAULT_WORKSPACE = 64 * MIB
@@ -22,6 +22,8 @@ _QUERY_BYTES = 8 * MIB
 # Gathered keys of one tile, in the compute dtype. Measured on two cores (512 KiB of L2 each, h=32, d=128): 2 MiB pays
 # call overhead, 8 MiB falls out of cache between the gather and the scatter.
 _GATHERED_BYTES = 4 * MIB
+# What a selection keeps of a block of rows; more rows or a larger topk than that take smaller blocks.
+_KEPT_BYTES = 7 * MIB
 # Staged keys of one tile, so that a decode step (one row, many keys) does not copy the whole key cache at once.
 _KEYS_BYTES = 4 * MIB
 
@@ -153,8 +155,14 @@ class Selection:
 
     @classmethod
     def of(cls, tile: Tile, sk: int, topk: int, workspace: int) -> Selection:
-        """Return the widest selection that fits the workspace, or the narrowest there is."""
+        """Return the widest selection that fits the workspace, or the narrowest there is.
+
+        Rows are halved until what they keep is small: products split at such places give every score the same bits.
+        """
         least = cls(tile, min(topk, sk), tile.keys)
+        while least.kept_bytes > _KEPT_BYTES and least.tile.rows > 1:
+            least = replace(least, tile=replace(least.tile, rows=least.tile.rows // 2))
+        tile = least.tile
         spare = max(0, workspace - least.scratch_bytes) // (tile.rows * least.candidate_bytes * tile.keys)
         most = -(-sk // tile.keys)
         return cls(tile, least.kept, tile.keys * max(1, min(1 + spare, most)))
@@ -165,12 +173,16 @@ class Selection:
         return 8 if self.tile.size == 4 else 8 + 4 + 16
 
     @property
+    def kept_bytes(self) -> int:
+        """Bytes of what is kept: as candidates, and once more with places (int64) and marks while it is selected."""
+        return self.tile.rows * self.kept * (self.candidate_bytes + 17)
+
+    @property
     def scratch_bytes(self) -> int:
-        """Scratch of the fold: that of the scores, the candidates, and the kept ones with their places and marks."""
-        rows = self.tile.rows
-        candidates = rows * (self.kept + self.chunk) * self.candidate_bytes
-        order = 4 * rows * self.tile.keys + 4 * self.tile.keys + 64
-        return self.tile.forward_bytes + candidates + rows * self.kept * 17 + order
+        """Scratch of the fold: that of the scores, what is kept, and the candidates that wait beside it."""
+        rows, keys = self.tile.rows, self.tile.keys
+        order = 4 * rows * keys + 4 * keys + 64
+        return self.tile.forward_bytes + self.kept_bytes + rows * self.chunk * self.candidate_bytes + order
 
 
 def blocks(stop: int, step: int, start: int = 0) -> Iterator[tuple[int, int]]:

@@ -133,8 +133,8 @@ def index_topk(
     b, sq, sk = q.shape[0], q.shape[1], k.shape[1]
     indices = torch.full((b, sq, topk), -1, dtype=index_dtype, device=q.device)
     scores = torch.full((b, sq, topk), NEG_INF, dtype=compute_dtype(q.dtype), device=q.device) if with_scores else None
-    tile = tile_of(q, k, relu)
-    plan = Selection.of(tile, sk, topk, workspace)
+    plan = Selection.of(tile_of(q, k, relu), sk, topk, workspace)
+    tile = plan.tile
     if plan.kept == 0:
         return indices, scores
     with torch.autocast(q.device.type, enabled=False):
