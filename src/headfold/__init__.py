@@ -3,9 +3,20 @@
 from headfold.contract import UnsupportedError
 from headfold.geometry import IndexerGeometry
 from headfold.keyrange import KeyRange
+from headfold.mask import index_mask, update_index_mask_
 from headfold.scores import index_scores
 from headfold.selection import TopK, index_topk
 
 __version__ = "0.1.0"
 
-__all__ = ["IndexerGeometry", "KeyRange", "TopK", "UnsupportedError", "__version__", "index_scores", "index_topk"]
+__all__ = [
+    "IndexerGeometry",
+    "KeyRange",
+    "TopK",
+    "UnsupportedError",
+    "__version__",
+    "index_mask",
+    "index_scores",
+    "index_topk",
+    "update_index_mask_",
+]

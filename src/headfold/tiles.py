@@ -21,6 +21,9 @@ _PRODUCT_ROWS = 2048
 _QUERY_BYTES = 8 * MIB
 # Staged keys of one tile, so that a decode step (one row, many keys) does not copy the whole key cache at once.
 _KEYS_BYTES = 4 * MIB
+# Staged entries of a selection that is written into a mask: more than a million for each launch on an accelerator, and
+# a quarter of the default workspace.
+_ENTRIES_BYTES = 16 * MIB
 
 
 @dataclass(frozen=True)
@@ -113,6 +116,37 @@ class Selection:
         candidates = rows * (self.kept + self.chunk) * self.candidate_bytes
         order = 4 * rows * self.tile.keys + 4 * self.tile.keys + 64
         return self.tile.forward_bytes + candidates + rows * self.kept * 17 + order
+
+
+@dataclass(frozen=True)
+class Entries:
+    """A block of a selection [b, rows, topk] on its way into a mask: `batches` x `rows` x `width` of its entries.
+
+    `size` is the itemsize of the mask. Whole rows, and whole batch elements, are taken as far as they fit.
+    """
+
+    batches: int
+    rows: int
+    width: int
+    size: int
+
+    @classmethod
+    def of(cls, b: int, rows: int, topk: int, size: int) -> Entries:
+        """Return the block for a selection of this shape."""
+        fit = _ENTRIES_BYTES // cls(1, 1, 1, size).scratch_bytes
+        width = max(1, min(topk, fit))
+        some = max(1, min(rows, fit // width))
+        return cls(max(1, min(b, fit // (width * some))), some, width, size)
+
+    @property
+    def count(self) -> int:
+        """Entries in a block."""
+        return self.batches * self.rows * self.width
+
+    @property
+    def scratch_bytes(self) -> int:
+        """Scratch of a block: an int64 key, a bool mark, and what is written, for each entry."""
+        return self.count * (8 + 1 + self.size)
 
 
 def blocks(stop: int, step: int, start: int = 0) -> Iterator[tuple[int, int]]:

@@ -1,5 +1,6 @@
 """PyTorch tiles, on any device."""
 
+from headfold.backends.eager.masks import index_mask, update_index_mask_
 from headfold.backends.eager.scores import empty_rows_like, index_scores, index_scores_backward
 from headfold.backends.eager.topk import index_topk
 from headfold.backends.eager.walks import BackwardWalk, ForwardWalk, tile_of
@@ -8,8 +9,10 @@ __all__ = [
     "BackwardWalk",
     "ForwardWalk",
     "empty_rows_like",
+    "index_mask",
     "index_scores",
     "index_scores_backward",
     "index_topk",
     "tile_of",
+    "update_index_mask_",
 ]
