@@ -23,6 +23,7 @@ from headfold.backends import IMPLEMENTATIONS
 from headfold.contract import UnsupportedError, one_of
 from headfold.geometry import IndexerGeometry
 from headfold.lanes import report
+from headfold.lanes.capture import capture as run_capture
 from headfold.lanes.doctor import doctor as run_doctor
 from headfold.lanes.parity import parity as run_parity
 from headfold.lanes.plan import plan as run_plan
@@ -153,6 +154,13 @@ def speed(
         _enough(workspace, problem)
         lane = run_speed(problem, where, rounds=rounds, targets=targets, peers=peers, workspace=workspace, track=track)
     _finish([lane], as_json)
+
+
+@app.command()
+def capture(device: Device = "cpu", threads: Threads = None, as_json: Json = False) -> None:
+    """Prove the path to the mask free of host syncs; on a GPU, capture and replay it as a CUDA graph."""
+    where = _device(device, threads)
+    _finish([run_capture(where, track=_track(as_json))], as_json)
 
 
 @app.command()

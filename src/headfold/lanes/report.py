@@ -10,6 +10,7 @@ import torch
 from tabulate import tabulate
 
 from headfold.lanes import figures, measure
+from headfold.lanes.capture import capture
 from headfold.lanes.parity import parity
 from headfold.lanes.plan import describe, plan
 from headfold.lanes.problem import Problem
@@ -29,12 +30,13 @@ CAPTIONS = {
 def prove(
     problem: Problem, device: torch.device, *, rounds: int = 3, full: bool = False, track: Track[Any] = no_track
 ) -> list[Lane]:
-    """Run plan, parity, residency and speed; `full` adds the residency of the seed's full shape."""
+    """Run plan, parity, residency, speed and capture; `full` adds the residency of the seed's full shape."""
     lanes = [
         plan(problem.geometry, causal=problem.causal),
         parity(problem, device, track=track),
         residency(problem, device, track=track),
         speed(problem, device, rounds=rounds, track=track),
+        capture(device, track=track),
     ]
     if full:
         # One workspace, and no loop: it fits but takes minutes (`headfold residency --full` has both).
