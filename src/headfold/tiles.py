@@ -24,6 +24,8 @@ _KEYS_BYTES = 4 * MIB
 # Staged entries of a selection that is written into a mask: more than a million for each launch on an accelerator, and
 # a quarter of the default workspace.
 _ENTRIES_BYTES = 16 * MIB
+_KEY_AND_MARK_BYTES = 8 + 1  # int64 and bool
+_SCALAR_BYTES = 8  # the number that keys are compared with, as torch wraps it
 
 
 @dataclass(frozen=True)
@@ -133,7 +135,7 @@ class Entries:
     @classmethod
     def of(cls, b: int, rows: int, topk: int, size: int) -> Entries:
         """Return the block for a selection of this shape."""
-        fit = _ENTRIES_BYTES // cls(1, 1, 1, size).scratch_bytes
+        fit = (_ENTRIES_BYTES - _SCALAR_BYTES) // (_KEY_AND_MARK_BYTES + size)
         width = max(1, min(topk, fit))
         some = max(1, min(rows, fit // width))
         return cls(max(1, min(b, fit // (width * some))), some, width, size)
@@ -145,8 +147,8 @@ class Entries:
 
     @property
     def scratch_bytes(self) -> int:
-        """Scratch of a block: an int64 key, a bool mark, and what is written, for each entry."""
-        return self.count * (8 + 1 + self.size)
+        """Scratch of a block: a key, a mark and what is written, for each entry."""
+        return self.count * (_KEY_AND_MARK_BYTES + self.size) + _SCALAR_BYTES
 
 
 def blocks(stop: int, step: int, start: int = 0) -> Iterator[tuple[int, int]]:
