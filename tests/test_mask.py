@@ -21,6 +21,7 @@ from headfold.tiles import MIB, Entries
 CPU = torch.device("cpu")
 NEG_INF = float("-inf")
 INDEX_DTYPES = (torch.int32, torch.int64)
+INDUCTOR_IMPORTS = pytest.mark.filterwarnings("ignore:.torch.jit.script:DeprecationWarning")
 BOTH = pytest.mark.parametrize("index_dtype", INDEX_DTYPES, ids=str)
 EVERY = pytest.mark.parametrize("dtype", MASK_DTYPES, ids=str)
 
@@ -283,7 +284,7 @@ def body(indices: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
     return eager.index_mask(indices, 9, mask.dtype), mask
 
 
-@pytest.mark.filterwarnings("ignore:.torch.jit.script:DeprecationWarning")  # inductor's own imports
+@INDUCTOR_IMPORTS
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
 @pytest.mark.parametrize("dtype", [torch.bool, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("run", [public, body])
@@ -297,6 +298,18 @@ def test_it_compiles_with_fullgraph_and_gives_the_same_bits(run: Any, dtype: tor
     assert torch.equal(made, wanted[0])
     assert torch.equal(mask, expected)
     assert torch.equal(returned, expected)
+
+
+@INDUCTOR_IMPORTS
+def test_compiled_by_inductor_an_update_takes_the_bytes_of_its_plan(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tiles, "_ENTRIES_BYTES", MIB)
+    torch._dynamo.reset()
+    indices = torch.randint(-1, 2048, (1, 1024, 256), dtype=torch.int32)
+    mask = empty_mask((1, 1024, 2048), torch.float32)
+    compiled: Any = torch.compile(update_index_mask_, fullgraph=True)
+    compiled(mask, indices)
+    peak = allocator_peak(lambda: compiled(mask, indices), CPU)
+    assert peak.peak <= Entries.of(1, 1024, 256, 4).scratch_bytes <= MIB
 
 
 @pytest.mark.parametrize("mode", ["fake", "symbolic"])
