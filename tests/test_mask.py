@@ -300,6 +300,30 @@ def test_it_compiles_with_fullgraph_and_gives_the_same_bits(run: Any, dtype: tor
     assert torch.equal(returned, expected)
 
 
+def test_it_compiles_with_symbolic_sizes_and_any_strides() -> None:
+    torch._dynamo.reset()
+
+    def both(indices: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+        first_row = mask.shape[1] - indices.shape[1]
+        return index_mask(indices, mask.shape[2]), update_index_mask_(mask, indices, first_row=first_row)
+
+    compiled: Any = torch.compile(both, fullgraph=True, backend="aot_eager", dynamic=True)
+    for sq, sk, topk in ((5, 9, 3), (7, 11, 2), (2, 4, 5)):
+        indices = torch.randint(-1, sk, (3, sq, topk), generator=torch.Generator().manual_seed(sq))
+        mask, expected = (torch.zeros(3, sk, sq + 2).transpose(1, 2) for _ in range(2))
+        made, _ = compiled(indices, mask)
+        assert torch.equal(made, both(indices, expected)[0])
+        assert torch.equal(mask, expected)
+
+
+def test_autograd_notices_that_a_saved_mask_was_updated() -> None:
+    x, mask = torch.ones(1, 1, 3, requires_grad=True), torch.zeros(1, 1, 3)
+    y = (x * mask).sum()
+    update_index_mask_(mask, torch.tensor([[[0]]]))
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.backward()
+
+
 @INDUCTOR_IMPORTS
 def test_compiled_by_inductor_an_update_takes_the_bytes_of_its_plan(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tiles, "_ENTRIES_BYTES", MIB)

@@ -145,14 +145,15 @@ def updatable(op: str, mask: object, indices: Tensor, first_row: int) -> None:
 
 
 def _apart(x: Tensor) -> bool:
-    """Whether no two entries share memory, told from sizes and strides: each stride steps over all smaller ones."""
-    reach = 0
-    for stride, size in sorted(zip(x.stride(), x.shape, strict=True)):
-        if size == 0:
-            return True
-        if size > 1 and stride <= reach:
-            return False
-        reach += (size - 1) * stride
+    """Whether no two entries share memory, told from sizes and strides: each step leaves all smaller ones behind.
+
+    Compared pair by pair, not sorted, so that symbolic sizes of a compiler serve as well.
+    """
+    axes = list(enumerate(zip(x.shape, x.stride(), strict=True)))
+    for i, (size, step) in axes:
+        reach = sum((n - 1) * smaller for j, (n, smaller) in axes if j != i and smaller <= step)
+        if size > 1 and step <= reach:
+            return x.numel() == 0
     return True
 
 

@@ -13,6 +13,7 @@ from torch import Tensor
 from headfold.backends.eager.walks import NEG_INF, head
 from headfold.tiles import Entries, blocks
 
+# CUDA has no atomic maximum of bool, and has one of each of these.
 BITS = {
     torch.bool: torch.uint8,
     torch.float16: torch.int16,
