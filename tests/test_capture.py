@@ -38,16 +38,15 @@ def test_every_pattern_meets_every_proof_and_passes(rows: list[Row]) -> None:
 
 
 def test_the_upstream_patterns_are_refused_for_reading_data(rows: list[Row]) -> None:
-    assert found(rows, "torch.equal") == {
-        "no data read": "refused: DataRead: equal reads tensor data on the host",
-        "traced over fake tensors": "refused: DataDependentOutputException: aten.equal.default",
-        "fullgraph compile": "refused: Unsupported: Data dependent operator",
-        "key 0 unmasked earlier": "masked again",
-    }
+    equal = found(rows, "torch.equal")
+    assert equal["no data read"] == "refused: DataRead: equal reads tensor data on the host"
+    assert equal["traced over fake tensors"] == "refused: DataDependentOutputException: aten.equal.default"
+    assert equal["fullgraph compile"].startswith("refused: Unsupported: ")
+    assert equal["key 0 unmasked earlier"] == "masked again"
     branch = found(rows, "any()")
     assert branch["no data read"] == "refused: DataRead: Tensor.__bool__ reads tensor data on the host"
     assert branch["traced over fake tensors"].startswith("refused: GuardOnDataDependentSymNode")
-    assert branch["fullgraph compile"].startswith("refused: Unsupported: Data-dependent branching")
+    assert branch["fullgraph compile"].startswith("refused: Unsupported: ")
     assert branch["key 0 unmasked earlier"] == "masked again"
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+import warnings
 from typing import Any
 
 import pytest
@@ -137,6 +139,21 @@ def test_key_0_stays_unmasked_when_a_later_update_holds_minus_one(dtype: torch.d
     for row in ([0, 1], [2, -1], [-1, -1]):
         update_index_mask_(mask, torch.tensor([[row]]))
     assert torch.equal(mask, as_mask([True, True, True, False], (1, 1, 4), dtype))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_updates_are_those_of_megatron_core(dtype: torch.dtype) -> None:
+    pytest.importorskip("megatron.core")
+    name = "megatron.core.transformer.experimental_attention_variant.dsa_masking"
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # its imports warn of packages that this function does not use
+        theirs = importlib.import_module(name).scatter_topk_into_index_mask
+    mask, expected = (empty_mask((2, 30, 40), dtype) for _ in range(2))
+    for seed in range(3):
+        indices = torch.randint(-1, 40, (2, 30, 5), generator=torch.Generator().manual_seed(seed))
+        update_index_mask_(mask, indices)
+        theirs(expected, indices)
+    assert torch.equal(mask, expected)
 
 
 @EVERY
