@@ -24,7 +24,7 @@ from headfold.lanes import speed as speed_lane
 from headfold.lanes.problem import Problem
 
 TINY = ["--shape", "b=1,sq=32,h=2,d=16"]
-LANES = ["plan", "parity", "residency", "speed", "prove", "doctor"]
+LANES = ["plan", "parity", "residency", "speed", "capture", "prove", "doctor"]
 CPU = torch.device("cpu")
 
 
@@ -100,6 +100,7 @@ def assert_refused(done: Done, *said: str) -> None:
         (["parity", *TINY], ["parity"]),
         (["residency", *TINY, "--no-process"], ["residency"]),
         (["speed", *TINY, "--rounds", "1"], ["speed"]),
+        (["capture"], ["capture"]),
         (["doctor"], ["doctor"]),
     ],
     ids=lambda x: " ".join(x[:2]),
@@ -119,6 +120,7 @@ def test_json_is_all_of_stdout(run: Run, arguments: list[str], lanes: list[str])
         (["parity", *TINY], ["gradcheck, causal", "dweights", "pass"]),
         (["residency", *TINY, "--no-process"], ["forward + backward", "held for backward", "beyond results", "pass"]),
         (["speed", *TINY, "--rounds", "1"], ["materialized", "of matrix-product rate", "1 interleaved rounds"]),
+        (["capture"], ["branch on any()", "DataRead", "equal to eager", "key 0", "--device cuda", "18 pass"]),
         (["doctor"], ["cpu, float64", "eager", "memory free"]),
     ],
     ids=lambda x: x[0],
@@ -134,7 +136,7 @@ def test_tables_say_it_to_people(run: Run, arguments: list[str], said: list[str]
 def test_prove_prints_json_alone_and_names_its_report_on_stderr(run: Run, tmp_path: Path) -> None:
     done = run("prove", *TINY, "--rounds", "1", "--report", tmp_path / "new" / "report", "--json")
     assert done.status == 0
-    assert [lane["name"] for lane in done.lanes] == ["plan", "parity", "residency", "speed"]
+    assert [lane["name"] for lane in done.lanes] == ["plan", "parity", "residency", "speed", "capture"]
     assert "report.md" in done.err
     assert (tmp_path / "new" / "report" / "report.json").exists()
 
@@ -180,6 +182,7 @@ def test_a_process_peak_above_its_bound_fails(run: Run, monkeypatch: pytest.Monk
         (["parity", *TINY, "--impl", "fast"], ["--impl must be one of", "'fast'"]),
         (["parity", *TINY, "--device", "tpu"], ["--device: needs cpu, cuda or cuda:N", "'tpu'"]),
         (["parity", *TINY, "--device", "mps"], ["--device: needs cpu, cuda or cuda:N", "'mps'"]),
+        (["capture", "--device", "tpu"], ["--device: needs cpu, cuda or cuda:N", "'tpu'"]),
         (["residency", *TINY, "--workspace", "100"], ["--workspace: needs at least", "bytes", "got 100"]),
         (["speed", *TINY, "--workspace", "-1"], ["--workspace: needs at least", "got -1"]),
     ],
@@ -192,6 +195,7 @@ def test_bad_arguments_are_refused_in_a_sentence(run: Run, arguments: list[str],
 def test_cuda_without_cuda_is_refused(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert_refused(run("speed", *TINY, "--device", "cuda:1"), "--device", "'cuda:1'", "no CUDA")
+    assert_refused(run("capture", "--device", "cuda"), "--device", "'cuda'", "no CUDA")
 
 
 def test_a_report_that_names_a_file_is_refused_before_anything_runs(run: Run, tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ FLOORS = [
     ["contract", "presets"],
     ["materialized", "backends"],
     ["ops"],
-    ["scores", "selected", "selection"],
+    ["scores", "selected", "selection", "mask"],
     ["lanes"],
     ["cli"],
 ]
@@ -88,6 +88,6 @@ print([name for name in extras if name in set(sys.modules) - before])
 
 
 def test_the_public_names_are_these() -> None:
-    public = "IndexerGeometry KeyRange TopK UnsupportedError __version__ index_scores index_topk selected_scores"
-    assert set(headfold.__all__) == set(public.split())
+    public = "IndexerGeometry KeyRange TopK UnsupportedError __version__ index_mask index_scores index_topk"
+    assert set(headfold.__all__) == {*public.split(), "selected_scores", "update_index_mask_"}
     assert (ROOT / "py.typed").exists()

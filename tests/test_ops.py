@@ -14,7 +14,7 @@ from headfold.backends import eager
 from headfold.backends.eager import walks
 from headfold.contract import score_call
 from headfold.lanes.budget import DEFAULTS
-from reads import DataRead, no_data_reads
+from headfold.lanes.syncfree import no_data_reads
 
 SMALL = [
     Case(9, 11, b=2, h=3, d=4, visible=v, activation=a)
@@ -80,23 +80,6 @@ def test_ranges_are_made_and_checked_without_reading_data(make: str) -> None:
             "and": lambda: KeyRange.at_positions(positions) & KeyRange.sliding(9, 9, 4),
         }[make]()
         score_call("test", q, weights, k, **{**DEFAULTS, "keys": keys})
-
-
-@pytest.mark.parametrize(
-    "read",
-    [
-        bool,
-        int,
-        lambda x: x.item(),
-        lambda x: x.tolist(),
-        torch.nonzero,
-        lambda x: torch.equal(x, x),
-        lambda x: x[x > 0],
-    ],
-)
-def test_the_mode_that_forbids_reads_catches_them(read: Any) -> None:
-    with pytest.raises(DataRead), no_data_reads():
-        read(torch.ones(1))
 
 
 @pytest.mark.parametrize("case", SMALL, ids=str)

@@ -80,7 +80,7 @@ def test_the_json_report_holds_every_lane_and_where_it_was_measured(proof: tuple
     found = json.loads((proof[0] / "report.json").read_text(encoding="utf-8"))
     assert found["passed"] is True
     pairs = [[name, f"selection {name}"] for name in ("parity", "residency", "speed")]
-    assert [lane["name"] for lane in found["lanes"]] == ["plan", *itertools.chain(*pairs)]
+    assert [lane["name"] for lane in found["lanes"]] == ["plan", *itertools.chain(*pairs), "capture"]
     assert [len(lane["rows"]) for lane in found["lanes"]] == [len(lane.rows) for lane in proof[1]]
     assert {"headfold", "torch", "python", "cpu", "threads", "memory_bytes", "device"} <= set(found["environment"])
     assert found["source"].startswith(CAPTURE.name)
@@ -90,7 +90,7 @@ def test_the_json_report_holds_every_lane_and_where_it_was_measured(proof: tuple
 def test_the_markdown_report_has_the_verdict_every_lane_and_every_figure(proof: tuple[Path, list[Lane]]) -> None:
     text = (proof[0] / "report.md").read_text(encoding="utf-8")
     assert text.startswith("# headfold: contract kept\n")
-    for part in ("## plan", "## parity", "## residency", "## speed", *FIGURES):
+    for part in ("## plan", "## parity", "## residency", "## speed", "## capture", *FIGURES):
         assert part in text
     for row in lane_of(proof[1], "residency").rows:
         assert show_bytes(row["measured"]) in text

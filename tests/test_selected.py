@@ -17,8 +17,8 @@ from headfold.geometry import SELECTED
 from headfold.lanes.budget import DEFAULTS, spend_all
 from headfold.lanes.measure import allocator_peak
 from headfold.lanes.residency import LEAST_SHARE
+from headfold.lanes.syncfree import no_data_reads
 from headfold.tiles import MIB
-from reads import no_data_reads
 
 CPU = torch.device("cpu")
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]

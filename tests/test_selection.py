@@ -12,8 +12,8 @@ from cases import CASES, Case
 from headfold import KeyRange, index_scores, index_topk
 from headfold.backends import eager
 from headfold.lanes.measure import allocator_peak
+from headfold.lanes.syncfree import no_data_reads
 from headfold.tiles import MIB, Selection
-from reads import no_data_reads
 
 NEG_INF = float("-inf")
 NAN = float("nan")

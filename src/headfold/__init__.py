@@ -3,6 +3,7 @@
 from headfold.contract import UnsupportedError
 from headfold.geometry import IndexerGeometry
 from headfold.keyrange import KeyRange
+from headfold.mask import index_mask, update_index_mask_
 from headfold.scores import index_scores
 from headfold.selected import selected_scores
 from headfold.selection import TopK, index_topk
@@ -15,7 +16,9 @@ __all__ = [
     "TopK",
     "UnsupportedError",
     "__version__",
+    "index_mask",
     "index_scores",
     "index_topk",
     "selected_scores",
+    "update_index_mask_",
 ]

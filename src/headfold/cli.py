@@ -23,6 +23,7 @@ from headfold.backends import IMPLEMENTATIONS
 from headfold.contract import UnsupportedError, one_of
 from headfold.geometry import IndexerGeometry
 from headfold.lanes import report
+from headfold.lanes.capture import capture as run_capture
 from headfold.lanes.doctor import doctor as run_doctor
 from headfold.lanes.parity import parity as run_parity
 from headfold.lanes.plan import plan as run_plan
@@ -173,6 +174,13 @@ def speed(
         chosen = Problem(SHAPES["chunk"]) if targets and problem == Problem(SHAPES["prod"]) else problem
         lanes.append(run_selection_speed(chosen, where, **options))
     _finish(lanes, as_json)
+
+
+@app.command()
+def capture(device: Device = "cpu", threads: Threads = None, as_json: Json = False) -> None:
+    """Prove the path to the mask free of host syncs; on a GPU, capture and replay it as a CUDA graph."""
+    where = _device(device, threads)
+    _finish([run_capture(where, track=_track(as_json))], as_json)
 
 
 @app.command()

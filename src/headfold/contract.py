@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+MASK_DTYPES = (torch.bool, *DTYPES)
 ACTIVATIONS = ("relu", None)
 
 
@@ -117,6 +118,53 @@ def score_call(
         scale=float(scale),
         workspace=workspace_bytes(op, workspace),
     )
+
+
+def selection(op: str, indices: object) -> None:
+    """Refuse what is not a selection: int32 or int64 [b, sq, topk]."""
+    if not isinstance(indices, Tensor):
+        raise TypeError(f"{op}: indices must be a tensor, got {type(indices).__name__}.")
+    if indices.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"{op}: indices must be int32 or int64, got {indices.dtype}.")
+    rank(op, "indices", indices, "[b, sq, topk]")
+
+
+def updatable(op: str, mask: object, indices: Tensor, first_row: int) -> None:
+    """Refuse a mask that a checked selection cannot be written into from `first_row` on."""
+    if not isinstance(mask, Tensor):
+        raise TypeError(f"{op}: mask must be a tensor, got {type(mask).__name__}.")
+    if mask.dtype not in MASK_DTYPES:
+        raise TypeError(f"{op}: mask must be bool, float16, bfloat16, float32 or float64, got {mask.dtype}.")
+    rank(op, "mask", mask, "[b, sq, sk]")
+    same_device(op, mask=mask, indices=indices)
+    if mask.requires_grad:
+        raise ValueError(f"{op}: mask must not require grad, got one that does. It is never differentiated: detach it.")
+    (b, rows, _), sq = indices.shape, mask.shape[1]
+    if mask.shape[0] != b:
+        raise ValueError(f"{op}: mask must have the batch size b = {b} of indices, got {mask.shape[0]}.")
+    at_least(op, "first_row", first_row, 0)
+    if first_row + rows > sq:
+        raise ValueError(
+            f"{op}: indices must end within the mask's sq = {sq} rows, got {rows} rows from first_row = {first_row} on."
+        )
+    if not _apart(mask):
+        raise ValueError(
+            f"{op}: mask must hold each entry at a place of its own, got shape {list(mask.shape)} with strides "
+            f"{list(mask.stride())}. Make it contiguous."
+        )
+
+
+def _apart(x: Tensor) -> bool:
+    """Whether no two entries share memory, told from sizes and strides: each step leaves all smaller ones behind.
+
+    Compared pair by pair, not sorted, so that symbolic sizes of a compiler serve as well.
+    """
+    axes = list(enumerate(zip(x.shape, x.stride(), strict=True)))
+    for i, (size, step) in axes:
+        reach = sum((n - 1) * smaller for j, (n, smaller) in axes if j != i and smaller <= step)
+        if size > 1 and step <= reach:
+            return x.numel() == 0
+    return True
 
 
 def one_of(op: str, name: str, value: object, choices: Sequence[object]) -> None:

@@ -203,6 +203,28 @@ def _(q: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     return q.new_empty(shape, dtype=index_dtype), scores
 
 
+@torch.library.custom_op("headfold::index_mask", mutates_args=())
+def index_mask(indices: Tensor, sk: int, dtype: torch.dtype) -> Tensor:
+    """Write a selection into a new mask."""
+    return eager.index_mask(indices, sk, dtype)
+
+
+@index_mask.register_fake
+def _(indices: Tensor, sk: int, dtype: torch.dtype) -> Tensor:
+    return indices.new_empty(indices.shape[0], indices.shape[1], sk, dtype=dtype)
+
+
+@torch.library.custom_op("headfold::update_index_mask_", mutates_args=("mask",))
+def update_index_mask_(mask: Tensor, indices: Tensor, first_row: int) -> None:
+    """Write a selection into a mask."""
+    eager.update_index_mask_(mask, indices, first_row)
+
+
+@update_index_mask_.register_fake
+def _(mask: Tensor, indices: Tensor, first_row: int) -> None:
+    """Nothing but the mask's data changes."""
+
+
 @register_flop_formula(torch.ops.headfold.index_scores)
 def _forward_flops(q: Any, weights: Any, k: Any, *rest: Any, out_shape: Any = None, **_: Any) -> int:
     b, sq, h, d = q

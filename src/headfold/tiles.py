@@ -26,6 +26,11 @@ _GATHERED_BYTES = 4 * MIB
 _KEPT_BYTES = 7 * MIB
 # Staged keys of one tile, so that a decode step (one row, many keys) does not copy the whole key cache at once.
 _KEYS_BYTES = 4 * MIB
+# Staged entries of a selection that is written into a mask: more than a million for each launch on an accelerator, and
+# a quarter of the default workspace.
+_ENTRIES_BYTES = 16 * MIB
+_KEY_AND_MARK_BYTES = 8 + 1  # int64 and bool
+_SCALAR_BYTES = 8  # the number that keys are compared with, as torch wraps it
 
 
 @dataclass(frozen=True)
@@ -183,6 +188,37 @@ class Selection:
         rows, keys = self.tile.rows, self.tile.keys
         order = 4 * rows * keys + 4 * keys + 64
         return self.tile.forward_bytes + self.kept_bytes + rows * self.chunk * self.candidate_bytes + order
+
+
+@dataclass(frozen=True)
+class Entries:
+    """A block of a selection [b, rows, topk] on its way into a mask: `batches` x `rows` x `width` of its entries.
+
+    `size` is the itemsize of the mask. Whole rows, and whole batch elements, are taken as far as they fit.
+    """
+
+    batches: int
+    rows: int
+    width: int
+    size: int
+
+    @classmethod
+    def of(cls, b: int, rows: int, topk: int, size: int) -> Entries:
+        """Return the block for a selection of this shape."""
+        fit = (_ENTRIES_BYTES - _SCALAR_BYTES) // (_KEY_AND_MARK_BYTES + size)
+        width = max(1, min(topk, fit))
+        some = max(1, min(rows, fit // width))
+        return cls(max(1, min(b, fit // (width * some))), some, width, size)
+
+    @property
+    def count(self) -> int:
+        """Entries in a block."""
+        return self.batches * self.rows * self.width
+
+    @property
+    def scratch_bytes(self) -> int:
+        """Scratch of a block: a key, a mark and what is written, for each entry."""
+        return self.count * (_KEY_AND_MARK_BYTES + self.size) + _SCALAR_BYTES
 
 
 def blocks(stop: int, step: int, start: int = 0) -> Iterator[tuple[int, int]]:

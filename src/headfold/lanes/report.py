@@ -10,6 +10,7 @@ import torch
 from tabulate import tabulate
 
 from headfold.lanes import figures, measure
+from headfold.lanes.capture import capture
 from headfold.lanes.parity import parity
 from headfold.lanes.plan import describe, plan
 from headfold.lanes.problem import Problem
@@ -31,7 +32,7 @@ CAPTIONS = {
 def prove(
     problem: Problem, device: torch.device, *, rounds: int = 3, full: bool = False, track: Track[Any] = no_track
 ) -> list[Lane]:
-    """Run plan, parity, residency and speed, of scores and, where topk is given, of selection.
+    """Run plan, parity, residency and speed, of scores and, where topk is given, of selection; then capture.
 
     `full` adds the residency of the seed's full shape, and of selections from 16384 and 65536 keys.
     """
@@ -52,6 +53,7 @@ def prove(
     lanes.append(speed(problem, device, rounds=rounds, track=track))
     if selects:
         lanes.append(selection_speed(problem, device, rounds=rounds, track=track))
+    lanes.append(capture(device, track=track))
     return lanes
 
 

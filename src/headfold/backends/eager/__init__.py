@@ -1,6 +1,7 @@
 """PyTorch tiles, on any device."""
 
 from headfold.backends.eager.gathered import gather_tile_of, selected_scores, selected_scores_backward
+from headfold.backends.eager.masks import index_mask, update_index_mask_
 from headfold.backends.eager.scores import empty_rows_like, index_scores, index_scores_backward
 from headfold.backends.eager.topk import index_topk
 from headfold.backends.eager.walks import BackwardWalk, ForwardWalk, tile_of
@@ -10,10 +11,12 @@ __all__ = [
     "ForwardWalk",
     "empty_rows_like",
     "gather_tile_of",
+    "index_mask",
     "index_scores",
     "index_scores_backward",
     "index_topk",
     "selected_scores",
     "selected_scores_backward",
     "tile_of",
+    "update_index_mask_",
 ]
