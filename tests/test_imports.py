@@ -18,7 +18,7 @@ FLOORS = [
     ["contract", "presets"],
     ["materialized", "backends"],
     ["ops"],
-    ["scores", "selection"],
+    ["scores", "selection", "selection_record"],
     ["lanes"],
     ["cli"],
 ]
@@ -88,6 +88,7 @@ print([name for name in extras if name in set(sys.modules) - before])
 
 
 def test_the_public_names_are_these() -> None:
-    public = "IndexerGeometry KeyRange TopK UnsupportedError __version__ index_scores index_topk"
+    public = "IndexerGeometry KeyRange SelectionRecord TopK UnsupportedError"
+    public += " __version__ index_scores index_topk"
     assert set(headfold.__all__) == set(public.split())
     assert (ROOT / "py.typed").exists()

@@ -5,7 +5,17 @@ from headfold.geometry import IndexerGeometry
 from headfold.keyrange import KeyRange
 from headfold.scores import index_scores
 from headfold.selection import TopK, index_topk
+from headfold.selection_record import SelectionRecord
 
 __version__ = "0.1.0"
 
-__all__ = ["IndexerGeometry", "KeyRange", "TopK", "UnsupportedError", "__version__", "index_scores", "index_topk"]
+__all__ = [
+    "IndexerGeometry",
+    "KeyRange",
+    "SelectionRecord",
+    "TopK",
+    "UnsupportedError",
+    "__version__",
+    "index_scores",
+    "index_topk",
+]
