@@ -3,6 +3,7 @@
 from headfold.contract import UnsupportedError
 from headfold.geometry import IndexerGeometry
 from headfold.keyrange import KeyRange
+from headfold.reuse import IndexReuse, ReuseSchedule
 from headfold.scores import index_scores
 from headfold.selection import TopK, index_topk
 from headfold.selection_record import SelectionRecord
@@ -10,8 +11,10 @@ from headfold.selection_record import SelectionRecord
 __version__ = "0.1.0"
 
 __all__ = [
+    "IndexReuse",
     "IndexerGeometry",
     "KeyRange",
+    "ReuseSchedule",
     "SelectionRecord",
     "TopK",
     "UnsupportedError",
