@@ -19,7 +19,7 @@ FLOORS = [
     ["materialized", "backends"],
     ["ops"],
     ["scores", "selection", "selection_record"],
-    ["reuse"],
+    ["reuse", "agreement"],
     ["lanes"],
     ["cli"],
 ]
@@ -89,7 +89,7 @@ print([name for name in extras if name in set(sys.modules) - before])
 
 
 def test_the_public_names_are_these() -> None:
-    public = "IndexReuse IndexerGeometry KeyRange ReuseSchedule SelectionRecord TopK UnsupportedError"
-    public += " __version__ index_scores index_topk"
+    public = "Agreement IndexReuse IndexerGeometry KeyRange ReuseSchedule SelectionRecord TopK UnsupportedError"
+    public += " __version__ index_scores index_topk selection_agreement"
     assert set(headfold.__all__) == set(public.split())
     assert (ROOT / "py.typed").exists()

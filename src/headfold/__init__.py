@@ -1,5 +1,6 @@
 """headfold: the lightning indexer of DeepSeek Sparse Attention without the resident head axis."""
 
+from headfold.agreement import Agreement, selection_agreement
 from headfold.contract import UnsupportedError
 from headfold.geometry import IndexerGeometry
 from headfold.keyrange import KeyRange
@@ -11,6 +12,7 @@ from headfold.selection_record import SelectionRecord
 __version__ = "0.1.0"
 
 __all__ = [
+    "Agreement",
     "IndexReuse",
     "IndexerGeometry",
     "KeyRange",
@@ -21,4 +23,5 @@ __all__ = [
     "__version__",
     "index_scores",
     "index_topk",
+    "selection_agreement",
 ]
