@@ -107,6 +107,14 @@ def test_beyond_its_results_it_takes_its_workspace(dtype: torch.dtype, workspace
     assert all(torch.equal(one, two) for one, two in zip(whole, peak.result, strict=True))
 
 
+def test_a_row_takes_33_bytes_beside_the_workspace() -> None:
+    a = torch.randint(-1, 5, (1, 20_000, 1), dtype=torch.int32)
+    selection_agreement(a, a, workspace=9600)
+    peak = allocator_peak(lambda: selection_agreement(a, a, workspace=9600), torch.device("cpu"))
+    assert peak.peak <= 33 * 20_000 + 9600 + 1024
+    assert peak.left <= 9 * 20_000 + 1024
+
+
 def test_no_data_is_read() -> None:
     a = torch.arange(24, dtype=torch.int32).view(2, 3, 4)
     with no_data_reads():

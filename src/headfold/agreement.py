@@ -45,7 +45,7 @@ def selection_agreement(
     Returns:
         Agreement(per_row, equal, rows, members).
 
-    Memory: 33 bytes a row of counts and results, and at most `workspace` more, which is 48 bytes a member of a block.
+    Memory: 33 bytes a row (9 of them results) and at most `workspace` more; a block takes up to 48 bytes a member of it.
 
     Raises: TypeError or ValueError for a broken contract, before anything is allocated.
     """
@@ -67,7 +67,7 @@ def selection_agreement(
         for s in range(0, sq, block):
             at = slice(i, i + batches), slice(s, s + block)
             _count(x[at], y[at], shared[at], held[at])
-    per_row = torch.where(held == 0, 1.0, 2 * shared.double() / held)
+    per_row = shared.double().mul_(2).div_(held).masked_fill_(held == 0, 1.0)
     equal = 2 * shared == held
     return Agreement(per_row, equal, _share(equal.sum(), equal.numel()), _share(2 * shared.sum(), held.sum()))
 
