@@ -45,7 +45,7 @@ def selection_agreement(
     Returns:
         Agreement(per_row, equal, rows, members).
 
-    Memory: 33 bytes a row (9 of them results) and at most `workspace` more; a block takes up to 48 bytes a member of it.
+    Memory: 33 bytes a row (9 of them results) and at most `workspace` more; a block takes 48 bytes a member at most.
 
     Raises: TypeError or ValueError for a broken contract, before anything is allocated.
     """
