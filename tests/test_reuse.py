@@ -456,6 +456,27 @@ def test_a_pass_compiles_with_fullgraph(given: bool) -> None:
 
 
 @pytest.mark.usefixtures("fresh_dynamo")
+def test_a_pass_compiles_once_for_all_sizes() -> None:
+    def model(q: Tensor, weights: Tensor, k: Tensor) -> Tensor:
+        (sq, b), sk = q.shape[:2], k.shape[0]
+        reuse, keys = IndexReuse(SCHEDULE), KeyRange.causal(sq, sk)
+
+        def read(layer: int, compute: Callable[[], TopK] | None = None) -> Tensor:
+            return reuse.select(layer, compute, b=b, sq=sq, sk=sk, topk=3, keys=keys).indices
+
+        return read(1, lambda: index_topk(q, weights, k, 3, keys=keys)) + read(2)
+
+    counted = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(model, fullgraph=True, dynamic=True, backend=counted)
+    frames = []
+    for sq, sk in ((5, 7), (6, 9), (10, 13)):  # none equal to another size, which the compiler would guard
+        inputs = torch.randn(sq, B, H, D), torch.randn(sq, B, H), torch.randn(sk, B, D)
+        assert torch.equal(compiled(*inputs), model(*inputs))
+        frames.append(counted.frame_count)
+    assert len(set(frames)) == 1
+
+
+@pytest.mark.usefixtures("fresh_dynamo")
 def test_checkpoints_inside_a_compiled_pass_train_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     # The compiler has to be told that what a checkpoint keeps is not to be kept again in backward.
     flag = "skip_fwd_side_effects_in_bwd_under_checkpoint"

@@ -237,7 +237,7 @@ class IndexReuse:
                     "IndexReuse for each pass, or IndexReuse.replay(schedule, reuse.records()) to run this one again."
                 )
         if record is None:
-            record = self._handed_over(op, layer, source)
+            record = self._handed_over("IndexReuse.select", layer, source)
         record.check(op, b=b, sq=sq, sk=sk, topk=topk, keys=keys)
         return TopK(record.indices, record.scores)
 
