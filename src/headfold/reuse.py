@@ -161,7 +161,8 @@ class IndexReuse:
             another process has the layer's static range, or is bound to this stage's tensors by
             `SelectionRecord.rebind`.
 
-    Memory: the selections, 4 · b · sq · topk bytes a computing layer for int32 indices, until it is dropped.
+    Memory: the selections, 4 · b · sq · topk bytes a computing layer for int32 indices (and their scores where compute
+    returns them), until it is dropped.
 
     Raises: TypeError or ValueError for a handed-over selection that names no computing layer.
     """
