@@ -510,3 +510,22 @@ def test_replay_compiles_with_fullgraph() -> None:
 
     compiled = torch.compile(read, fullgraph=True, backend="aot_eager")
     assert torch.equal(compiled(replay, torch.zeros(())), torch.full((B, S, TOPK), 11.0))
+
+
+@pytest.mark.usefixtures("fresh_dynamo")
+def test_another_range_is_refused_while_compiling_too() -> None:
+    end = torch.arange(S, dtype=torch.int32)
+
+    def model(one: Tensor, two: Tensor) -> Tensor:
+        reuse = IndexReuse(SCHEDULE)
+        reuse.select(1, chosen, **call(keys=KeyRange(end=one)))
+        return reuse.select(2, **call(keys=KeyRange(end=two))).indices
+
+    whole = torch.compile(model, fullgraph=True, backend="eager")
+    assert torch.equal(whole(end, end), chosen().indices)
+    with pytest.raises(RuntimeError, match="another tensor for end"):
+        whole(end, end.clone())
+    broken = torch.compile(model, backend="eager")  # may leave the graph for what tracing cannot tell
+    assert torch.equal(broken(end, end.detach()), chosen().indices)
+    with pytest.raises(ValueError, match="another tensor for end"):
+        broken(end, end.clone())
