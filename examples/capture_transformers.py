@@ -1,7 +1,8 @@
 """Save what the indexer of transformers' DeepSeek-V3.2 scored while the model read a real text.
 
 The model has the published indexer dimensions and rope settings, few layers, small other dimensions and random weights.
-The text is read at byte level, one token per byte, so nothing is downloaded.
+The text is read at byte level, one token per byte, so nothing is downloaded. --selection also saves the keys that the
+model itself selected; `headfold agree` compares them with what headfold selects from the capture.
 """
 
 import argparse
@@ -21,6 +22,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from transformers import AutoModel, DeepseekV32Config, DynamicCache
+
+from headfold import KeyRange, SelectionRecord
 
 # As published for DeepSeek-V3.2; index_*, qk_rope_head_dim and max_position_embeddings are the defaults of the class.
 ROPE = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 40.0, "original_max_position_embeddings": 4096}
@@ -159,10 +162,18 @@ def check(step: Capture) -> str:
     return f"scores within {error.max():.2g} (spread {own[visible].std():.2g}), rankings equal but for {ties} ties"
 
 
+def selection(step: Capture, layer: int) -> SelectionRecord:
+    """Return the model's own selection, with -1 where a short row was filled up with keys that it may not see."""
+    sq, sk = step.scores.shape[1:]
+    ends = torch.arange(sk - sq, sk)[:, None] + 1
+    return SelectionRecord(step.indices.where(step.indices < ends, -1), sk, KeyRange.causal(sq, sk), layer=layer)
+
+
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """Read and check the command line."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, default=Path("deepseek_v32_indexer.safetensors"), help="file to write")
+    parser.add_argument("--selection", type=Path, metavar="FILE", help="write the model's own selection here too")
     parser.add_argument("--tokens", type=int, default=112, help="tokens that the model reads: the keys (%(default)s)")
     parser.add_argument("--rows", type=int, help="save the queries of the last ROWS tokens only (all of them)")
     parser.add_argument("--layers", type=int, default=2, help="layers of the model (%(default)s)")
@@ -179,8 +190,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         parser.error(f"--layer must be from 0 to --layers - 1 ({args.layers - 1}), got {args.layer}.")
     if args.text and not args.text.is_file():
         parser.error(f"--text must name a file, got {args.text}.")
-    if not args.out.parent.is_dir():
-        parser.error(f"--out must lie in a folder that exists, got {args.out}.")
+    for name, path in (("--out", args.out), ("--selection", args.selection)):
+        if path is not None and not path.parent.is_dir():
+            parser.error(f"{name} must lie in a folder that exists, got {path}.")
     return args
 
 
@@ -202,6 +214,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     save_file(tensors, args.out, metadata | {"source": source})
     shapes = ", ".join(f"{name} {list(tensor.shape)}" for name, tensor in tensors.items())
     print(f"Wrote {args.out}: {shapes}, {args.dtype}, {args.out.stat().st_size} bytes.")
+    if args.selection:
+        selection(step, args.layer).save(args.selection)
+        print(f"Wrote {args.selection}: indices {list(step.indices.shape)}.")
 
 
 if __name__ == "__main__":

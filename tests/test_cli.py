@@ -14,17 +14,18 @@ import typer
 from safetensors.torch import save_file
 from typer.testing import CliRunner
 
+from headfold import KeyRange, SelectionRecord, cli, index_scores, index_topk, selection_agreement
 from headfold import __main__ as command
-from headfold import cli
 from headfold.bills import Bill
 from headfold.geometry import IndexerGeometry
 from headfold.lanes import measure
 from headfold.lanes import parity as parity_lane
 from headfold.lanes import speed as speed_lane
-from headfold.lanes.problem import Problem
+from headfold.lanes.problem import Problem, from_file
+from headfold.lanes.record import show
 
 TINY = ["--shape", "b=1,sq=32,h=2,d=16"]
-LANES = ["plan", "parity", "residency", "speed", "capture", "prove", "doctor"]
+LANES = ["plan", "parity", "residency", "speed", "capture", "prove", "agree", "doctor"]
 CPU = torch.device("cpu")
 
 
@@ -101,6 +102,7 @@ def assert_refused(done: Done, *said: str) -> None:
         (["residency", *TINY, "--no-process"], ["residency"]),
         (["speed", *TINY, "--rounds", "1"], ["speed"]),
         (["capture"], ["capture"]),
+        (["agree", *TINY, "--topk", "4"], ["agree"]),
         (["doctor"], ["doctor"]),
     ],
     ids=lambda x: " ".join(x[:2]),
@@ -121,6 +123,10 @@ def test_json_is_all_of_stdout(run: Run, arguments: list[str], lanes: list[str])
         (["residency", *TINY, "--no-process"], ["forward + backward", "held for backward", "beyond results", "pass"]),
         (["speed", *TINY, "--rounds", "1"], ["materialized", "of matrix-product rate", "1 interleaved rounds"]),
         (["capture"], ["branch on any()", "DataRead", "equal to eager", "key 0", "--device cuda", "18 pass"]),
+        (
+            ["agree", *TINY, "--topk", "4"],
+            ["bfloat16", "float32", "members that agree", "tied at a's cut", "rows that differ"],
+        ),
         (["doctor"], ["cpu, float64", "eager", "memory free"]),
     ],
     ids=lambda x: x[0],
@@ -185,6 +191,13 @@ def test_a_process_peak_above_its_bound_fails(run: Run, monkeypatch: pytest.Monk
         (["capture", "--device", "tpu"], ["--device: needs cpu, cuda or cuda:N", "'tpu'"]),
         (["residency", *TINY, "--workspace", "100"], ["--workspace: needs at least", "bytes", "got 100"]),
         (["speed", *TINY, "--workspace", "-1"], ["--workspace: needs at least", "got -1"]),
+        (["agree", *TINY], ["--topk: needs the number of keys to compare", "got none from the inputs"]),
+        (["agree", *TINY, "--dtypes", "float32"], ["--dtypes: needs two of", "'float32'"]),
+        (["agree", *TINY, "--dtypes", "float32,int8"], ["--dtypes: needs two of", "'float32,int8'"]),
+        (["agree", "a", "b", "c"], ["agree: needs at most two files, got 3"]),
+        (["agree", "a", "b", "--dtypes", "float32,float64"], ["agree FILE FILE: excludes --dtypes"]),
+        (["agree", "a", "--causal"], ["agree FILE: excludes --causal"]),
+        (["agree", "absent"], ["agree: needs a safetensors file", "absent"]),
     ],
     ids=lambda x: " ".join(x),
 )
@@ -270,8 +283,110 @@ def test_a_capture_in_another_layout_is_read(run: Run, tmp_path: Path) -> None:
     assert "c.safetensors: no source given" in done.lanes[0]["notes"][-1]
 
 
+REAL = Path(__file__).parent / "data" / "deepseek_v32_indexer.safetensors"
+
+
+def select(file: Path, layer: int, *, cut: int = 0) -> Path:
+    """Save what the real capture selects, 40 keys a row; the first `cut` rows lose their last key."""
+    q, weights, k = from_file(REAL).tensors(CPU)
+    indices, _ = index_topk(q, weights, k, 40, causal=True)
+    indices[:, :cut, -1] = -1
+    sq, sk = q.shape[0], k.shape[0]
+    SelectionRecord(indices, sk, KeyRange.causal(sq, sk), layer=layer).save(file)
+    return file
+
+
+def test_agree_compares_two_saved_selections(run: Run, tmp_path: Path) -> None:
+    one, two = select(tmp_path / "one", 0), select(tmp_path / "two", 3, cut=16)
+    (lane,) = run("agree", one, two, "--json").lanes
+    (row,) = lane["rows"]
+    assert (row["a"], row["b"], row["topk"], row["rows"]) == ("one", "two", 40, 64)
+    assert row["rows_agree"] == 48 / 64
+    assert row["members_agree"] == pytest.approx(1 - 16 / (64 * 80 - 16), abs=1e-12)
+    assert (row["worst"], row["worst_row"]) == (pytest.approx(78 / 79), "[0, 0]")
+    assert (row["ties_a"], row["ties_b"]) == (None, None)
+    assert not any("may not see" in note for note in lane["notes"])
+    # The best 39 keys are the same.
+    assert run("agree", one, two, "--topk", "39", "--json").lanes[0]["rows"][0]["rows_agree"] == 1
+
+
+def test_agree_selects_from_a_capture_and_counts_its_ties(run: Run, tmp_path: Path) -> None:
+    (lane,) = run("agree", REAL, select(tmp_path / "saved", 1), "--topk", "40", "--json").lanes
+    (row,) = lane["rows"]
+    assert (row["rows_agree"], row["members_agree"], row["worst"]) == (1, 1, 1)
+    q, weights, k = from_file(REAL).tensors(CPU)
+    best = index_scores(q, weights, k, causal=True).sort(-1, descending=True).values
+    assert row["ties_a"] == int((best[..., 39] == best[..., 40]).sum())
+    assert row["ties_b"] is None
+
+
+def test_ties_at_the_cut_are_counted(run: Run, tmp_path: Path) -> None:
+    # Row s scores k[t] for every key; the best two of 3, 2, 2, 1, 0 tie with the third, the best three with none.
+    ones = torch.ones(4, 1, 1, 1)
+    keys = torch.tensor([1.0, 2.0, 3.0, 2.0, 0.0]).view(5, 1, 1)
+    file = capture(tmp_path / "capture", {}, q=ones, weights=ones[..., 0].clone(), k=keys)
+    for topk, ties in ((1, 0), (2, 4), (3, 0), (4, 0), (5, 0), (6, 0)):
+        row = run("agree", file, "--topk", str(topk), "--json").lanes[0]["rows"][0]
+        assert (row["ties_a"], row["ties_b"]) == (ties, ties)
+    # Keys that a row may not see do not tie: rows 0 to 3 see 2 to 5 keys, so only the last two see the second 2.
+    file = capture(tmp_path / "capture", {"causal": "true"}, q=ones, weights=ones[..., 0].clone(), k=keys)
+    assert run("agree", file, "--topk", "2", "--json").lanes[0]["rows"][0]["ties_a"] == 2
+
+
+def test_agree_scores_what_the_dtypes_round_to(run: Run) -> None:
+    small = ["--shape", "sq=64,sk=300,h=4,d=16,topk=20"]
+    (row,) = run("agree", *small, "--dtypes", "bfloat16,float32", "--json").lanes[0]["rows"]
+    q, weights, k = Problem(IndexerGeometry(1, 64, 300, 4, 16)).tensors(CPU)
+    one, two = (index_topk(q.to(x), weights.to(x), k.to(x), 20) for x in (torch.bfloat16, torch.float32))
+    agreed = selection_agreement(one, two)
+    assert row["rows_agree"] == float(agreed.rows) < 1
+    assert row["members_agree"] == float(agreed.members) < 1
+    same = run("agree", *small, "--dtypes", "float64,float64", "--json").lanes[0]["rows"][0]
+    assert (same["rows_agree"], same["members_agree"]) == (1, 1)
+
+
+def test_a_capture_is_told_that_rounding_changes_nothing(run: Run) -> None:
+    (lane,) = run("agree", REAL, "--topk", "40", "--json").lanes
+    assert any("holds bfloat16, so no value is rounded" in note for note in lane["notes"])
+    (lane,) = run("agree", REAL, "--topk", "40", "--dtypes", "float16,float32", "--json").lanes
+    assert not any("no value is rounded" in note for note in lane["notes"])
+
+
+@pytest.mark.parametrize(("share", "status", "verdict"), [("0.5", 0, "pass"), ("1", 1, "fail")])
+def test_agree_judges_only_when_asked(run: Run, tmp_path: Path, share: str, status: int, verdict: str) -> None:
+    files = select(tmp_path / "one", 0), select(tmp_path / "two", 0, cut=1)
+    assert "verdict" not in run("agree", *files, "--json").lanes[0]["rows"][0]
+    done = run("agree", *files, "--at-least", share, "--json")
+    assert done.status == status
+    assert done.lanes[0]["rows"][0]["verdict"] == verdict
+
+
+def test_agree_doubts_what_says_less_than_it_seems(run: Run, tmp_path: Path) -> None:
+    file = select(tmp_path / "saved", 0)
+    SelectionRecord(SelectionRecord.load(file).indices, 3072).save(tmp_path / "blind")
+    (lane,) = run("agree", file, tmp_path / "blind", "--json").lanes
+    assert any("may not see the same keys" in note for note in lane["notes"])
+    (lane,) = run("agree", *TINY, "--topk", "32", "--json").lanes
+    assert any("keeps every one of the 32 keys" in note for note in lane["notes"])
+    files = [capture(tmp_path / name, {"causal": name}) for name in ("true", "false")]
+    (lane,) = run("agree", *files, "--topk", "3", "--json").lanes
+    assert any("one is causal, the other is not" in note for note in lane["notes"])
+
+
+def test_sides_that_cannot_be_compared_are_refused(run: Run, tmp_path: Path) -> None:
+    saved, small = select(tmp_path / "saved", 0), capture(tmp_path / "small")
+    assert_refused(run("agree", saved, small), "agree: both sides must have one sq, got 64 in saved and 8 in small")
+    assert_refused(run("agree", saved, REAL), "--topk: needs the number of keys to compare, got 40 and 2048")
+    assert_refused(run("agree", saved, REAL, "--topk", "41"), "--topk: must be at most the width of saved, 40, got 41")
+    assert_refused(run("agree", saved, tmp_path / "absent"), "agree: needs a safetensors file")
+    assert_refused(run("agree", saved), "agree: saved must hold tensors q, weights and k", "indices")
+    (tmp_path / "empty").touch()
+    assert_refused(run("agree", saved, tmp_path / "empty"), "agree: empty must be a safetensors file")
+
+
 @pytest.mark.parametrize(
-    "arguments", [["fly"], ["plan", "--fast"], ["speed", "--rounds", "0"], ["plan", "--batch", "x"]]
+    "arguments",
+    [["fly"], ["plan", "--fast"], ["speed", "--rounds", "0"], ["agree", "--at-least", "2"], ["plan", "--batch", "x"]],
 )
 def test_bad_usage_leaves_with_2(arguments: list[str]) -> None:
     assert CliRunner().invoke(cli.app, arguments).exit_code == 2
@@ -328,3 +443,7 @@ def test_targets_are_judged_only_when_asked_for(monkeypatch: pytest.MonkeyPatch,
     verdicts = {row["phase"]: row["verdict"] for row in asked.rows if row["path"] == "headfold" and "verdict" in row}
     assert verdicts["backward"] == verdict
     assert not any("verdict" in row for row in speed_lane.speed(problem, CPU, rounds=1).rows)
+
+
+def test_only_all_is_shown_as_all() -> None:
+    assert [show(share, "share") for share in (1.0, 1 - 1e-9, 0.5, 0.0)] == ["1", "0.999999", "0.5", "0"]

@@ -18,7 +18,8 @@ FLOORS = [
     ["contract", "presets"],
     ["materialized", "backends"],
     ["ops"],
-    ["scores", "selected", "selection", "mask"],
+    ["scores", "selected", "selection", "selection_record", "mask"],
+    ["reuse", "agreement"],
     ["lanes"],
     ["cli"],
 ]
@@ -88,6 +89,7 @@ print([name for name in extras if name in set(sys.modules) - before])
 
 
 def test_the_public_names_are_these() -> None:
-    public = "IndexerGeometry KeyRange TopK UnsupportedError __version__ index_mask index_scores index_topk"
-    assert set(headfold.__all__) == {*public.split(), "selected_scores", "update_index_mask_"}
+    public = "Agreement IndexReuse IndexerGeometry KeyRange ReuseSchedule SelectionRecord TopK UnsupportedError"
+    public += " __version__ index_mask index_scores index_topk selected_scores selection_agreement update_index_mask_"
+    assert set(headfold.__all__) == set(public.split())
     assert (ROOT / "py.typed").exists()

@@ -1,18 +1,25 @@
 """headfold: the lightning indexer of DeepSeek Sparse Attention without the resident head axis."""
 
+from headfold.agreement import Agreement, selection_agreement
 from headfold.contract import UnsupportedError
 from headfold.geometry import IndexerGeometry
 from headfold.keyrange import KeyRange
 from headfold.mask import index_mask, update_index_mask_
+from headfold.reuse import IndexReuse, ReuseSchedule
 from headfold.scores import index_scores
 from headfold.selected import selected_scores
 from headfold.selection import TopK, index_topk
+from headfold.selection_record import SelectionRecord
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "Agreement",
+    "IndexReuse",
     "IndexerGeometry",
     "KeyRange",
+    "ReuseSchedule",
+    "SelectionRecord",
     "TopK",
     "UnsupportedError",
     "__version__",
@@ -20,5 +27,6 @@ __all__ = [
     "index_scores",
     "index_topk",
     "selected_scores",
+    "selection_agreement",
     "update_index_mask_",
 ]

@@ -20,9 +20,11 @@ from rich.table import Table
 from rich.text import Text
 
 from headfold.backends import IMPLEMENTATIONS
-from headfold.contract import UnsupportedError, one_of
+from headfold.contract import DTYPES, UnsupportedError, one_of
 from headfold.geometry import IndexerGeometry
 from headfold.lanes import report
+from headfold.lanes.agree import agree as run_agree
+from headfold.lanes.agree import at_dtypes, from_files
 from headfold.lanes.capture import capture as run_capture
 from headfold.lanes.doctor import doctor as run_doctor
 from headfold.lanes.parity import parity as run_parity
@@ -212,6 +214,47 @@ def prove(
 
 
 @app.command()
+def agree(
+    files: Annotated[
+        list[Path] | None,
+        typer.Argument(
+            help="Two safetensors files, each a saved selection or a capture with q, weights and k; or one capture."
+        ),
+    ] = None,
+    preset: Preset = None,
+    shape: Shape = None,
+    tokens: Tokens = None,
+    batch: Batch = None,
+    causal: Causal = False,
+    dtypes: Annotated[
+        str | None,
+        typer.Option(help="Two dtypes that one input's tensors are rounded to; bfloat16,float32 when not given."),
+    ] = None,
+    topk: Annotated[int | None, typer.Option(min=1, help="Keys to keep; the inputs' own when not given.")] = None,
+    at_least: Annotated[
+        float | None, typer.Option(min=0, max=1, help="Judge: the share of members that has to agree.")
+    ] = None,
+    device: Device = "cpu",
+    threads: Threads = None,
+    as_json: Json = False,
+) -> None:
+    """Compare two selections, or the selections of one input at two dtypes, and count the rows that tie at the cut."""
+    where, files = _device(device, threads), files or []
+    if len(files) > 2:
+        raise ValueError(f"agree: needs at most two files, got {len(files)}.")
+    if files:
+        given = {"preset": preset, "shape": shape, "tokens": tokens, "batch": batch, "causal": causal or None}
+        _exclude("agree FILE", **given)
+    if len(files) == 2:
+        _exclude("agree FILE FILE", dtypes=dtypes)
+        sides = from_files(*files)
+    else:
+        problem = from_file(files[0], "agree") if files else _problem(preset, shape, None, tokens, batch, None, causal)
+        sides = at_dtypes(problem, *_dtypes(dtypes or "bfloat16,float32"))
+    _finish([run_agree(sides, where, topk=topk, at_least=at_least, track=_track(as_json))], as_json)
+
+
+@app.command()
 def doctor(as_json: Json = False) -> None:
     """Versions, devices, and which implementation each kind of call gets and why."""
     _finish([run_doctor()], as_json)
@@ -254,6 +297,14 @@ def _problem(
         causal="causal" if causal else None,
     )
     return from_file(inputs)
+
+
+def _dtypes(text: str) -> tuple[torch.dtype, torch.dtype]:
+    known = {str(dtype).removeprefix("torch."): dtype for dtype in DTYPES}
+    names = [name.strip() for name in text.split(",")]
+    if len(names) != 2 or not set(names) <= set(known):
+        raise ValueError(f"--dtypes: needs two of {', '.join(known)}, as in bfloat16,float32, got {text!r}.")
+    return known[names[0]], known[names[1]]
 
 
 def _exclude(option: str, **others: object) -> None:

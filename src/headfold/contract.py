@@ -129,6 +129,15 @@ def selection(op: str, indices: object) -> None:
     rank(op, "indices", indices, "[b, sq, topk]")
 
 
+def selection_of(op: str, indices: Tensor, q: Tensor) -> None:
+    """Refuse what is not a selection for batch-first q; the values of indices stay unread."""
+    selection(op, indices)
+    if indices.shape[:2] != q.shape[:2]:
+        b, sq = q.shape[:2]
+        raise ValueError(f"{op}: indices must be [b, sq, topk] = [{b}, {sq}, topk], got {list(indices.shape)}.")
+    same_device(op, indices=indices, q=q)
+
+
 def updatable(op: str, mask: object, indices: Tensor, first_row: int) -> None:
     """Refuse a mask that a checked selection cannot be written into from `first_row` on."""
     if not isinstance(mask, Tensor):
@@ -171,19 +180,6 @@ def one_of(op: str, name: str, value: object, choices: Sequence[object]) -> None
     """Refuse a value that is not among the choices."""
     if value not in choices:
         raise ValueError(f"{op}: {name} must be one of {', '.join(map(repr, choices))}, got {value!r}.")
-
-
-def selection(op: str, indices: Tensor, b: int, sq: int, device: torch.device) -> Tensor:
-    """Check indices [b, sq, topk] of selected keys; their values stay unread."""
-    if not isinstance(indices, Tensor):
-        raise TypeError(f"{op}: indices must be a tensor, got {type(indices).__name__}.")
-    if indices.dtype not in (torch.int32, torch.int64):
-        raise TypeError(f"{op}: indices must be int32 or int64, got {indices.dtype}.")
-    if indices.dim() != 3 or tuple(indices.shape[:2]) != (b, sq):
-        raise ValueError(f"{op}: indices must be [b, sq, topk] = [{b}, {sq}, topk], got {list(indices.shape)}.")
-    if indices.device != device:
-        raise ValueError(f"{op}: indices must be on q's device {device}, got {indices.device}.")
-    return indices
 
 
 def at_least(op: str, name: str, value: object, least: int) -> None:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from headfold import backends, materialized, ops
 from headfold.backends import eager
-from headfold.contract import enough_workspace, reverse_mode_only, score_call, selection, wants_grad
+from headfold.contract import enough_workspace, reverse_mode_only, score_call, selection_of, wants_grad
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -75,8 +75,7 @@ def selected_scores(
         layout=layout,
         workspace=workspace,
     )
-    b, sq = call.q.shape[:2]
-    indices = selection("selected_scores", indices, b, sq, call.q.device)
+    selection_of("selected_scores", indices, call.q)
     if backends.choose("selected_scores", impl) == "materialized":
         return materialized.selected_scores(call, indices)
     reverse_mode_only("selected_scores", *call.inputs)

@@ -53,55 +53,61 @@ def _random(g: IndexerGeometry, device: torch.device, dtype: torch.dtype) -> lis
     return [torch.randn(shape, generator=generator, device=device, dtype=made).to(dtype) for shape in shapes]
 
 
-def from_file(path: Path) -> Problem:
+def from_file(path: Path, option: str = "--inputs") -> Problem:
     """Read a capture: a safetensors file with q, weights and k, and metadata layout, causal, scale, topk and source.
 
-    Metadata defaults: layout "sbhd", causal "false", scale "1.0", topk "0".
+    Metadata defaults: layout "sbhd", causal "false", scale "1.0", topk "0". `option` is what the user gave it as.
 
     Raises: ValueError naming what is missing or malformed.
     """
-    tensors, metadata = _read(path)
+    tensors, metadata = _read(path, option)
     q, weights, k = tensors
     (sq, b, heads, dim), sk = q.shape, k.shape[0]
     if weights.shape != (sq, b, heads) or tuple(k.shape) != (sk, b, dim):
         raise ValueError(
-            f"--inputs: q, weights and k in {path.name} must agree in b, sq, h and d, "
+            f"{option}: q, weights and k in {path.name} must agree in b, sq, h and d, "
             f"got (as sbhd) q {list(q.shape)}, weights {list(weights.shape)}, k {list(k.shape)}."
         )
     if k.dtype != q.dtype:
-        raise ValueError(f"--inputs: k in {path.name} must have q's dtype {q.dtype}, got {k.dtype}.")
+        raise ValueError(f"{option}: k in {path.name} must have q's dtype {q.dtype}, got {k.dtype}.")
     if metadata.get("layout") == "thd":
         raise ValueError(
-            f"--inputs: {path.name} must have layout sbhd or bshd, got thd: it does not say where sequences end."
+            f"{option}: {path.name} must have layout sbhd or bshd, got thd: it does not say where sequences end."
         )
     causal = metadata.get("causal", "false")
     if causal not in ("true", "false"):
-        raise ValueError(f'--inputs: metadata causal of {path.name} must be "true" or "false", got {causal!r}.')
+        raise ValueError(f'{option}: metadata causal of {path.name} must be "true" or "false", got {causal!r}.')
     geometry = IndexerGeometry(
-        b, sq, sk, heads, dim, int(_number(path, metadata, "topk", 0)), dtype=str(q.dtype).removeprefix("torch.")
+        b,
+        sq,
+        sk,
+        heads,
+        dim,
+        int(_number(option, path, metadata, "topk", 0)),
+        dtype=str(q.dtype).removeprefix("torch."),
     )
     source = f"{path.name}: {metadata.get('source', 'no source given')}"
     if weights.dtype != q.dtype:
         source += f" (weights cast from {weights.dtype} to {q.dtype})"
-    return Problem(geometry, causal == "true", _number(path, metadata, "scale", 1.0), path, source)
+    return Problem(geometry, causal == "true", _number(option, path, metadata, "scale", 1.0), path, source)
 
 
-def _number(path: Path, metadata: dict[str, str], name: str, default: float) -> float:
+def _number(option: str, path: Path, metadata: dict[str, str], name: str, default: float) -> float:
     text = metadata.get(name, str(default))
     try:
         value = float(text)
     except ValueError:
         value = math.nan
     if not math.isfinite(value) or value < 0:
-        raise ValueError(f"--inputs: metadata {name} of {path.name} must be a number of at least 0, got {text!r}.")
+        raise ValueError(f"{option}: metadata {name} of {path.name} must be a number of at least 0, got {text!r}.")
     return value
 
 
-def _read(path: Path) -> tuple[list[Tensor], dict[str, str]]:
+def _read(path: Path, option: str = "--inputs") -> tuple[list[Tensor], dict[str, str]]:
     from safetensors import SafetensorError, safe_open
 
     if not path.is_file():
-        raise ValueError(f"--inputs: needs a safetensors file, got {path}, which is not a file.")
+        raise ValueError(f"{option}: needs a safetensors file, got {path}, which is not a file.")
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
@@ -109,25 +115,25 @@ def _read(path: Path) -> tuple[list[Tensor], dict[str, str]]:
             missing = [name for name in NAMES if name not in present]
             if missing:
                 raise ValueError(
-                    f"--inputs: {path.name} must hold tensors q, weights and k, "
+                    f"{option}: {path.name} must hold tensors q, weights and k, "
                     f"got {', '.join(sorted(present)) or 'none'} (missing {', '.join(missing)})."
                 )
             tensors = [file.get_tensor(name) for name in NAMES]
     except (SafetensorError, OSError) as error:
         raise ValueError(
-            f"--inputs: {path.name} must be a safetensors file, got one that does not open ({error})."
+            f"{option}: {path.name} must be a safetensors file, got one that does not open ({error})."
         ) from error
     layout = metadata.get("layout", "sbhd")
     if layout not in LAYOUTS:
         raise ValueError(
-            f"--inputs: metadata layout of {path.name} must be one of {', '.join(LAYOUTS)}, got {layout!r}."
+            f"{option}: metadata layout of {path.name} must be one of {', '.join(LAYOUTS)}, got {layout!r}."
         )
     for name, x in zip(NAMES, tensors, strict=True):
         axes = AXES[layout][name]
         if x.dim() != axes.count(",") + 1:
-            raise ValueError(f"--inputs: {name} in {path.name} must be {axes}, got shape {list(x.shape)}.")
+            raise ValueError(f"{option}: {name} in {path.name} must be {axes}, got shape {list(x.shape)}.")
         if x.dtype not in DTYPES:
             raise ValueError(
-                f"--inputs: {name} in {path.name} must be a floating dtype of at least 16 bits, got {x.dtype}."
+                f"{option}: {name} in {path.name} must be a floating dtype of at least 16 bits, got {x.dtype}."
             )
     return [batch_first(x, layout).transpose(0, 1) for x in tensors], metadata

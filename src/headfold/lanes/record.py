@@ -11,7 +11,7 @@ import humanize
 
 T = TypeVar("T")
 Row = dict[str, Any]
-Kind = Literal["text", "bytes", "seconds", "ratio", "number"]
+Kind = Literal["text", "bytes", "seconds", "ratio", "share", "number"]
 Track = Callable[[Sequence[T], str], Iterable[T]]
 
 PASS, FAIL, SKIP, INFO = "pass", "fail", "not run", ""
@@ -81,6 +81,8 @@ def show(value: Any, kind: Kind) -> str:
         return f"{value * 1e3:.3g} ms" if value < 1 else f"{value:.3g} s"
     if kind == "ratio":
         return f"{value:.3g}"
+    if kind == "share":  # rounded down, so that only all is 1
+        return f"{math.floor(value * 1e6) / 1e6:g}"
     if kind == "number":
         return f"{value:,}" if isinstance(value, int) else f"{value:.3g}"
     return str(value)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from headfold.backends.eager.walks import NEG_INF, head
+from headfold.backends.eager.scratch import NEG_INF, head
 from headfold.tiles import Entries, blocks
 
 # CUDA has no atomic maximum of bool, and has one of each of these.
