@@ -19,8 +19,8 @@ _LOGITS_BYTES = 6 * MIB
 _PRODUCT_ROWS = 2048
 # One of the backward's three buffers of queries, for heads so wide that 2048 product rows would fill the workspace.
 _QUERY_BYTES = 8 * MIB
-# Gathered keys of one tile, in the compute dtype. Measured on two cores (512 KiB of L2 each, h=32, d=128): 2 MiB pays
-# call overhead, 8 MiB falls out of cache between the gather and the scatter.
+# Gathered keys of one tile, in the compute dtype. Measured on two cores that share 32 MiB at h=32, d=128: 2 MiB pays call
+# overhead (two thirds of the speed); 8 MiB is no faster beyond noise, and a backward would not fit 16 MiB.
 _GATHERED_BYTES = 4 * MIB
 # What a selection keeps of a block of rows; more rows or a larger topk than that take smaller blocks.
 _KEPT_BYTES = 7 * MIB
@@ -143,8 +143,8 @@ class GatherTile:
 
     @property
     def backward_bytes(self) -> int:
-        """Scratch of the backward walk: the forward's, u, weights * q, dweights, and gradients of gathered keys."""
-        return self.forward_bytes + 2 * self.query_bytes + self.weight_bytes + self.key_bytes
+        """Scratch of the backward walk: the forward's, u, weights * q, dweights twice, gradients of gathered keys."""
+        return self.forward_bytes + 2 * self.query_bytes + 2 * self.weight_bytes + self.key_bytes
 
 
 @dataclass(frozen=True)

@@ -23,6 +23,7 @@ import psutil
 import torch
 from torch.profiler import ProfilerActivity, profile
 
+import headfold
 from headfold.contract import compute_dtype
 
 RATE_SIZE = 2048
@@ -46,11 +47,16 @@ def allocator_peak(run: Callable[[], Any], device: torch.device) -> Peak:
 def _cuda_peak(run: Callable[[], Any], device: torch.device) -> Peak:
     torch.cuda.synchronize(device)
     torch.cuda.reset_peak_memory_stats(device)
-    before = torch.cuda.memory_allocated(device)
+    before = _requested(device, "current")
     result = run()
     torch.cuda.synchronize(device)
-    peak = torch.cuda.max_memory_allocated(device) - before
-    return Peak(peak, torch.cuda.memory_allocated(device) - before, result)
+    return Peak(_requested(device, "peak") - before, _requested(device, "current") - before, result)
+
+
+def _requested(device: torch.device, when: str) -> int:
+    """Bytes that tensors asked for; what was handed out may be a larger block, up to a mebibyte more for each."""
+    count: int = torch.cuda.memory_stats(device)[f"requested_bytes.all.{when}"]
+    return count
 
 
 def _cpu_peak(run: Callable[[], Any]) -> Peak:
@@ -172,7 +178,7 @@ class MatrixProduct:
 def environment(device: torch.device) -> dict[str, Any]:
     """Return what a reader needs to repeat a measurement."""
     facts: dict[str, Any] = {
-        "headfold": _version("headfold"),
+        "headfold": headfold.__version__,
         "torch": torch.__version__,
         "python": platform.python_version(),
         "system": f"{platform.system()} {platform.machine()}",
@@ -186,12 +192,6 @@ def environment(device: torch.device) -> dict[str, Any]:
         facts["gpu_memory_bytes"] = torch.cuda.get_device_properties(device).total_memory
         facts["cuda"] = torch.version.cuda or torch.version.hip
     return facts
-
-
-def _version(package: str) -> str:
-    from importlib.metadata import version
-
-    return version(package)
 
 
 def _cpu_name() -> str:

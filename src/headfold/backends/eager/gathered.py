@@ -14,7 +14,6 @@ from headfold.backends.eager.scratch import (
     NEG_INF,
     Queries,
     Visible,
-    add_weight_sums,
     batch_element,
     fold,
     head,
@@ -67,9 +66,14 @@ class _Gathered:
             keys.copy_(gathered)
         return keys.view(rows, picks, -1), picked, hidden, bias
 
-    def product(self, q: Tensor, keys: Tensor) -> Tensor:
-        """Return the logits [rows, h, picks] of one tile, in the scratch."""
-        return torch.bmm(q, keys.transpose(1, 2), out=head(self.logits, q.shape[0], q.shape[1], keys.shape[1]))
+    def blank(self, keys: Tensor, hidden: Tensor) -> None:
+        """Make rows of keys [rows, picks, d] zeros where hidden [rows, picks], NaN included.
+
+        By their bits: four times faster than filling under a mask that is broadcast along the rows.
+        """
+        bits = torch.int32 if keys.itemsize == 4 else torch.int64
+        kept = head(self.bias.view(bits), *hidden.shape).copy_(hidden).sub_(1)
+        keys.view(bits).bitwise_and_(kept.unsqueeze(-1))
 
 
 def selected_scores(
@@ -103,7 +107,8 @@ def selected_scores(
                     keys, _, hidden, added = s.gather(k[i], indices[place], visible, row)
                     scores = head(s.scores, *hidden.shape)
                     if folded is None:
-                        rectified = s.product(query, keys).relu_()
+                        logits = head(s.logits, *query.shape[:2], keys.shape[1])
+                        rectified = torch.bmm(query, keys.transpose(1, 2), out=logits).relu_()
                         torch.bmm(factors.unsqueeze(1), rectified, out=scores.unsqueeze(1))
                     else:
                         torch.bmm(folded, keys.transpose(1, 2), out=scores.unsqueeze(1))
@@ -161,7 +166,7 @@ class _GatheredBackward:
         empty = self.scratch.queries.empty
         self.u = empty(tile.rows * tile.h * tile.d)
         self.weighted = empty(tile.rows * tile.h * tile.d)
-        self.dweights = empty(tile.rows * tile.h)
+        self.dweights, self.part = empty(tile.rows * tile.h), empty(tile.rows * tile.h)
         self.dkeys = empty(tile.rows * tile.picks * tile.d)
 
     def element(
@@ -190,18 +195,20 @@ class _GatheredBackward:
             for pick in blocks(indices.shape[1], self.tile.picks):
                 place = slice(*row), slice(*pick)
                 keys, picked, hidden, _ = s.gather(k, indices[place], visible, row)
-                keys.masked_fill_(hidden.unsqueeze(-1), 0)
+                s.blank(keys, hidden)
                 incoming = torch.mul(g[place], s.scale, out=head(s.scores, *hidden.shape)).masked_fill_(hidden, 0)
-                a = incoming.unsqueeze(1)
+                a = incoming.unsqueeze(2)
                 if relu:
-                    logits = s.product(query, keys)
+                    # Keys first: with few heads beside many picks these products run faster this way round.
+                    logits = head(s.logits, *keys.shape[:2], query.shape[1])
+                    torch.bmm(keys, query.transpose(1, 2), out=logits)
                     if dweights is not None:
-                        add_weight_sums(totals, incoming, logits.relu_())
+                        self._add_weight_sums(totals, incoming, logits.relu_())
                     a = threshold_backward(a, logits, 0, grad_input=logits)
                 if dq is not None or not relu:
-                    u.baddbmm_(a, keys)
+                    u.baddbmm_(a.transpose(1, 2), keys)
                 if dk is not None:
-                    dkeys = torch.bmm(a.transpose(1, 2), operand, out=head(self.dkeys, *keys.shape))
+                    dkeys = torch.bmm(a, operand, out=head(self.dkeys, *keys.shape))
                     _scatter_add(dk, picked.view(-1), dkeys.flatten(0, 1))
             if dweights is not None:
                 if not relu:
@@ -209,6 +216,18 @@ class _GatheredBackward:
                 dweights[slice(*row)] = totals
             if dq is not None:
                 dq[slice(*row)] = torch.mul(u, factors.unsqueeze(-1), out=weighted)
+
+    def _add_weight_sums(self, totals: Tensor, g: Tensor, rectified: Tensor) -> None:
+        """Add Σ_t g [rows, t] · rectified [rows, t, h] to totals [rows, h], in the memory that dkeys take later.
+
+        Summed in pairs: a product would sum as many terms as there are picks in one chain.
+        """
+        rows, picks, h = rectified.shape
+        for part in blocks(picks, max(1, self.dkeys.numel() // (rows * h))):
+            span = slice(*part)
+            terms = head(self.dkeys, rows, part[1] - part[0], h)
+            torch.mul(rectified[:, span], g[:, span].unsqueeze(2), out=terms)
+            totals += torch.sum(terms, 1, out=head(self.part, rows, h))
 
 
 def _scatter_add(dk: Tensor, picked: Tensor, dkeys: Tensor) -> None:

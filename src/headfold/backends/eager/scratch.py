@@ -9,13 +9,8 @@ import torch
 from torch import Tensor
 
 from headfold.contract import compute_dtype
-from headfold.tiles import blocks
 
 NEG_INF = float("-inf")
-# Terms that a matrix library may sum in one chain where the error budget is close: relative error grows with its root.
-CHAIN = 256
-# Products of fewer columns are summed in one chain whatever their length (docs/design.md, "Narrow products").
-NARROW = 16
 threshold_backward = torch.ops.aten.threshold_backward.grad_input
 
 
@@ -99,16 +94,6 @@ def fold(q: Tensor, weights: Tensor, buffer: Tensor) -> Tensor:
     """Return Σ_h weights · q, [rows, d], in a buffer: all that a product needs when there is no activation."""
     folded = head(buffer, q.shape[0], 1, q.shape[2])
     return torch.bmm(weights.unsqueeze(1), q, out=folded).squeeze(1)
-
-
-def add_weight_sums(totals: Tensor, g: Tensor, rectified: Tensor) -> None:
-    """Add Σ_t g [rows, t] · rectified [rows, h, t] to totals [rows, h].
-
-    As rows of dot products over few keys, which sum most exactly.
-    """
-    for part in blocks(g.shape[1], CHAIN if rectified.shape[1] >= NARROW else NARROW):
-        span = slice(*part)
-        totals.unsqueeze(1).baddbmm_(g[:, span].unsqueeze(1), rectified[:, :, span].transpose(1, 2))
 
 
 def head(buffer: Tensor, *shape: int) -> Tensor:

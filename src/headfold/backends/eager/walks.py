@@ -13,11 +13,9 @@ import torch
 from torch import Tensor
 
 from headfold.backends.eager.scratch import (
-    CHAIN,
     NEG_INF,
     Queries,
     Visible,
-    add_weight_sums,
     fold,
     head,
     stage,
@@ -25,6 +23,11 @@ from headfold.backends.eager.scratch import (
 )
 from headfold.contract import compute_dtype
 from headfold.tiles import Tile, blocks
+
+# Terms that a matrix library may sum in one chain where the error budget is close: relative error grows with its root.
+CHAIN = 256
+# Products of fewer columns are summed in one chain whatever their length (docs/design.md, "Narrow products").
+NARROW = 16
 
 
 class _Scratch:
@@ -151,7 +154,7 @@ class BackwardWalk:
                 if self.tile.relu:
                     logits = s.product(query, keys)
                     if totals is not None:
-                        add_weight_sums(totals, a, logits.relu_())
+                        _add_weight_sums(totals, a, logits.relu_())
                     a = threshold_backward(a.unsqueeze(1), logits, 0, grad_input=logits).flatten(0, 1)
                 if u is not None:
                     u.flatten(0, 1).addmm_(a, keys)
@@ -186,3 +189,13 @@ def tile_of(q: Tensor, k: Tensor, relu: bool) -> Tile:
     """Return the tile of a walk over batch-first q [b, sq, h, d] and k [b, sk, d]."""
     _, sq, h, d = q.shape
     return Tile.of(sq, k.shape[1], h, d, compute_dtype(q.dtype).itemsize, relu=relu)
+
+
+def _add_weight_sums(totals: Tensor, g: Tensor, rectified: Tensor) -> None:
+    """Add Σ_t g [rows, t] · rectified [rows, h, t] to totals [rows, h].
+
+    As rows of dot products over few keys, which sum most exactly.
+    """
+    for part in blocks(g.shape[1], CHAIN if rectified.shape[1] >= NARROW else NARROW):
+        span = slice(*part)
+        totals.unsqueeze(1).baddbmm_(g[:, span].unsqueeze(1), rectified[:, :, span].transpose(1, 2))

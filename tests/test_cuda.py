@@ -1,0 +1,112 @@
+"""What only a GPU can show: the same contracts there, no host sync under torch's own watch, and the same bits again."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from cases import CASES, Case
+from headfold import index_mask, index_scores, index_topk, selected_scores, update_index_mask_
+from headfold.lanes.budget import spend_all
+from headfold.lanes.measure import allocator_peak
+from headfold.lanes.problem import Problem
+from headfold.lanes.residency import residency, selection_residency
+from headfold.presets import parse_shape
+from headfold.tiles import MIB
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA or ROCm device")
+DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
+
+
+def on_device(case: Case, dtype: torch.dtype = torch.float32, *, grad: bool = False) -> list[Tensor]:
+    return [x.cuda().requires_grad_(grad) for x in case.inputs(dtype) if x is not None]
+
+
+def call_of(case: Case) -> dict[str, Any]:
+    call = case.call()
+    if "keys" in call:
+        keys = call["keys"]
+        start, end = (None if x is None else x.cuda() for x in (keys.start, keys.end))
+        call["keys"] = type(keys)(start, end, keys.offset, keys.ratio)
+    return {name: x.cuda() if isinstance(x, Tensor) else x for name, x in call.items()}
+
+
+@pytest.fixture
+def syncs_raise() -> Iterator[None]:
+    torch.cuda.set_sync_debug_mode("error")
+    yield
+    torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", [c for c in CASES if c.d > 1], ids=str)
+def test_scores_and_gradients_stay_within_the_error_budget(case: Case, dtype: torch.dtype) -> None:
+    inputs = [None if x is None else x.cuda() for x in case.inputs(dtype)]
+    spent = spend_all(inputs, case.incoming().cuda(), **call_of(case))
+    assert {name: s for name, s in spent.items() if not s.kept} == {}
+    indices = torch.randint(-1, case.sk, (case.b, case.sq, 19), device="cuda")
+    spent = spend_all(inputs, torch.randn(indices.shape, device="cuda"), indices, **call_of(case))
+    assert {name: s for name, s in spent.items() if not s.kept} == {}
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_selection_is_a_stable_sort_of_the_scores(case: Case, dtype: torch.dtype) -> None:
+    q, weights, k = (None if x is None else (x * 1.5).round().cuda() for x in case.inputs(dtype))
+    assert q is not None
+    assert k is not None
+    call = call_of(case)
+    best, order = torch.sort(index_scores(q, weights, k, **call) + 0.0, dim=-1, descending=True, stable=True)
+    order = order.masked_fill(best.isneginf(), -1)
+    for topk in (1, 7, case.sk + 3):
+        indices = index_topk(q, weights, k, topk, **call).indices
+        assert torch.equal(indices[..., : case.sk], order[..., :topk].int())
+
+
+@pytest.mark.usefixtures("syncs_raise")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64], ids=str)
+def test_no_op_waits_for_the_device(dtype: torch.dtype) -> None:
+    q, weights, k = on_device(Case(200, 3000, b=2, h=8, d=32), dtype, grad=True)
+    scores = index_scores(q, weights, k, causal=True)
+    scores.backward(torch.ones_like(scores))
+    indices, _ = index_topk(q, weights, k, 100, causal=True)
+    kept = selected_scores(q, weights, k, indices, causal=True)
+    kept.backward(torch.ones_like(kept))
+    mask = index_mask(indices, 3000)
+    update_index_mask_(mask, indices[:, :50], first_row=20)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_twenty_runs_give_the_same_bits(dtype: torch.dtype) -> None:
+    inputs = on_device(Case(300, 2000, b=2, h=16, d=64), dtype, grad=True)
+    q, weights, k = inputs
+
+    def run() -> list[Tensor]:
+        scores = index_scores(q, weights, k, causal=True)
+        indices, _ = index_topk(q, weights, k, 200, causal=True)
+        kept = selected_scores(q, weights, k, indices, causal=True)
+        dense = torch.autograd.grad(scores, inputs, torch.ones_like(scores))
+        sparse = torch.autograd.grad(kept, inputs, torch.ones_like(kept))
+        return [scores.detach(), indices, kept.detach(), index_mask(indices, 2000), *dense, *sparse]
+
+    expected = run()
+    for _ in range(20):
+        assert all(torch.equal(x.nan_to_num(), y.nan_to_num()) for x, y in zip(run(), expected, strict=True))
+
+
+@pytest.mark.parametrize("lane", [residency, selection_residency])
+def test_planned_bytes_are_measured_bytes(lane: Any) -> None:
+    problem = Problem(parse_shape("b=2,sq=512,sk=3000,h=32,d=64,topk=256"))
+    found = lane(problem, torch.device("cuda"))
+    assert {(row["path"], row["phase"], row.get("note")) for row in found.rows if row["verdict"] == "fail"} == set()
+
+
+def test_a_mask_takes_the_mask_and_its_scratch() -> None:
+    indices = torch.randint(-1, 8192, (1, 4096, 512), device="cuda", dtype=torch.int32)
+    index_mask(indices, 8192)
+    peak = allocator_peak(lambda: index_mask(indices, 8192), torch.device("cuda"))
+    assert peak.peak - peak.result.nbytes <= 17 * MIB
