@@ -40,7 +40,7 @@ def test_planned_bytes_of_a_selection_are_measured_bytes(
     for path in (headfold_topk(problem.geometry.topk, workspace), materialized_topk(problem.geometry.topk)):
         path(tensors, True, 1.0)
         peak = allocator_peak(lambda path=path: path(tensors, True, 1.0), CPU).peak  # type: ignore[misc]
-        planned = path.bill(problem).forward
+        planned = path.bill(problem, CPU).forward
         assert LEAST_SHARE * planned <= peak <= planned, path.name
 
 

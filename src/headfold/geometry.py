@@ -131,35 +131,43 @@ class IndexerGeometry:
         return self.sk * self.dim * 4 if self.itemsize < 4 else 0
 
     @property
-    def gather_tile(self) -> GatherTile:
-        """The tile of the gathered walk, which scores selected keys."""
-        shape = self.sq, self.topk, self.heads, self.dim, self.compute_itemsize, self.itemsize
-        return GatherTile.of(*shape, relu=self.relu)
-
-    @property
     def least_workspace(self) -> int:
         """The smallest workspace in which scores and, where topk is given, selections work, with gradients."""
         if self.topk == 0:
             return self.backward_scratch
-        return max(self.backward_scratch, self.selection(0).scratch_bytes, self.gather_tile.backward_bytes)
+        return max(self.backward_scratch, self.selection(0).scratch_bytes, self.gather_tile().backward_bytes)
 
-    def selection(self, workspace: int = DEFAULT_WORKSPACE) -> Selection:
+    def gather_tile(self, *, accelerator: bool = False) -> GatherTile:
+        """Return the tile of the gathered walk, which scores selected keys."""
+        shape = self.sq, self.topk, self.heads, self.dim, self.compute_itemsize, self.itemsize
+        return GatherTile.of(*shape, relu=self.relu, accelerator=accelerator)
+
+    def selection(self, workspace: int = DEFAULT_WORKSPACE, *, accelerator: bool = False) -> Selection:
         """Return the selecting fold that a workspace leaves room for."""
-        return Selection.of(self.tile, self.sk, self.topk, workspace)
+        return Selection.of(self.tile, self.sk, self.topk, workspace, accelerator=accelerator)
 
-    def bill(self, path: str, *, causal: bool = False, scale: float = 1.0, workspace: int = DEFAULT_WORKSPACE) -> Bill:
+    def bill(
+        self,
+        path: str,
+        *,
+        causal: bool = False,
+        scale: float = 1.0,
+        workspace: int = DEFAULT_WORKSPACE,
+        accelerator: bool = False,
+    ) -> Bill:
         """Return what a path allocates: one of PATHS, SELECTING or SELECTED.
 
         A mask or a scale costs the other paths bytes of its own; headfold's scratch has room for them in any case. Only
         a selection grows with its workspace. What selects is not differentiated: its training peak is its forward.
+        accelerator: whether torch's sorts take their scratch from the allocator that is billed, as on CUDA.
         """
         if path == "headfold":
             return self._folded(self.scores_bytes, self.tile)
         if path == "headfold top-k":
-            peak = self.indices_bytes + self.selection(workspace).scratch_bytes
+            peak = self.indices_bytes + self.selection(workspace, accelerator=accelerator).scratch_bytes
             return Bill(peak, 0, peak)
         if path == SELECTED:
-            return self._folded(self.selected_bytes, self.gather_tile)
+            return self._folded(self.selected_bytes, self.gather_tile(accelerator=accelerator))
         if path not in (*PATHS, *SELECTING):
             known = ", ".join((*PATHS, *SELECTING, SELECTED))
             raise ValueError(f"IndexerGeometry.bill: path must be one of {known}, got {path!r}.")

@@ -9,7 +9,6 @@ import torch
 from headfold import backends, materialized, ops
 from headfold.backends import eager
 from headfold.contract import at_least, enough_workspace, one_of, score_call
-from headfold.tiles import Selection
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -91,9 +90,8 @@ def index_topk(
     with torch.no_grad():
         if backends.choose("index_topk", impl) == "materialized":
             return TopK(*materialized.index_topk(call, topk, with_scores, index_dtype))
-        sk = call.k.shape[1]
-        tile = eager.tile_of(call.q, call.k, call.relu)
-        enough_workspace("index_topk", Selection.of(tile, sk, topk, 0).scratch_bytes, call.workspace)
+        least = eager.selection_of(call.q, call.k, call.relu, topk, 0)
+        enough_workspace("index_topk", least.scratch_bytes, call.workspace)
         inputs = (x if x is None else x.detach() for x in call.inputs)
         rest = topk, with_scores, index_dtype, call.workspace
         indices, scores = ops.index_topk(*inputs, *call.options, *rest)

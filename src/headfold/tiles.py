@@ -19,8 +19,8 @@ _LOGITS_BYTES = 6 * MIB
 _PRODUCT_ROWS = 2048
 # One of the backward's three buffers of queries, for heads so wide that 2048 product rows would fill the workspace.
 _QUERY_BYTES = 8 * MIB
-# Gathered keys of one tile, in the compute dtype. Measured on two cores that share 32 MiB at h=32, d=128: 2 MiB pays call
-# overhead (two thirds of the speed); 8 MiB is no faster beyond noise, and a backward would not fit 16 MiB.
+# Gathered keys of one tile, in the compute dtype. Measured on two cores that share 32 MiB at h=32, d=128: 2 MiB pays
+# call overhead (two thirds of the speed); 8 MiB is no faster beyond noise, and a backward would not fit 16 MiB.
 _GATHERED_BYTES = 4 * MIB
 # What a selection keeps of a block of rows; more rows or a larger topk than that take smaller blocks.
 _KEPT_BYTES = 7 * MIB
@@ -97,6 +97,7 @@ class GatherTile:
     """One step of the gathered walk: `rows` query rows, each against `picks` keys of its own.
 
     size, itemsize: of the compute dtype and of the inputs. The grid is a function of the shape alone, as a Tile's.
+    accelerator: whether index_put_ takes scratch to sort the keys by which gradients are scattered.
     """
 
     rows: int
@@ -106,14 +107,26 @@ class GatherTile:
     size: int
     itemsize: int
     relu: bool = True
+    accelerator: bool = False
 
     @classmethod
-    def of(cls, sq: int, topk: int, h: int, d: int, size: int, itemsize: int, *, relu: bool = True) -> GatherTile:
+    def of(
+        cls,
+        sq: int,
+        topk: int,
+        h: int,
+        d: int,
+        size: int,
+        itemsize: int,
+        *,
+        relu: bool = True,
+        accelerator: bool = False,
+    ) -> GatherTile:
         """Return the tile for a call of this shape."""
         fit = max(1, min(_GATHERED_BYTES // (d * size), _LOGITS_BYTES // (h * size)))
         picks = max(1, min(topk, fit))
         rows = max(1, min(sq, fit // picks, _QUERY_BYTES // (h * d * size)))
-        return cls(rows, picks, h, d, size, itemsize, relu)
+        return cls(rows, picks, h, d, size, itemsize, relu, accelerator)
 
     @property
     def query_bytes(self) -> int:
@@ -144,43 +157,52 @@ class GatherTile:
     @property
     def backward_bytes(self) -> int:
         """Scratch of the backward walk: the forward's, u, weights * q, dweights twice, gradients of gathered keys."""
-        return self.forward_bytes + 2 * self.query_bytes + 2 * self.weight_bytes + self.key_bytes
+        sorting = 52 * self.rows * self.picks if self.accelerator else 0
+        return self.forward_bytes + 2 * self.query_bytes + 2 * self.weight_bytes + self.key_bytes + sorting
 
 
 @dataclass(frozen=True)
 class Selection:
     """A fold of tiles into the best `kept` keys of each row; `chunk` keys may wait beside them between two selections.
 
-    The chunk is what the workspace leaves, in whole tiles; what is selected does not depend on it.
+    The chunk is what the workspace leaves, in whole tiles; what is selected does not depend on it. accelerator: whether
+    torch's topk and sort take scratch of their own from the allocator.
     """
 
     tile: Tile
     kept: int
     chunk: int
+    accelerator: bool = False
 
     @classmethod
-    def of(cls, tile: Tile, sk: int, topk: int, workspace: int) -> Selection:
+    def of(cls, tile: Tile, sk: int, topk: int, workspace: int, *, accelerator: bool = False) -> Selection:
         """Return the widest selection that fits the workspace, or the narrowest there is.
 
         Rows are halved until what they keep is small: products split at such places give every score the same bits.
         """
-        least = cls(tile, min(topk, sk), tile.keys)
+        least = cls(tile, min(topk, sk), tile.keys, accelerator)
         while least.kept_bytes > _KEPT_BYTES and least.tile.rows > 1:
             least = replace(least, tile=replace(least.tile, rows=least.tile.rows // 2))
         tile = least.tile
         spare = max(0, workspace - least.scratch_bytes) // (tile.rows * least.candidate_bytes * tile.keys)
         most = -(-sk // tile.keys)
-        return cls(tile, least.kept, tile.keys * max(1, min(1 + spare, most)))
+        return replace(least, chunk=tile.keys * max(1, min(1 + spare, most)))
 
     @property
     def candidate_bytes(self) -> int:
-        """Bytes of one waiting candidate: a packed int64; for float64 a score, a key, and both again sorted."""
-        return 8 if self.tile.size == 4 else 8 + 4 + 16
+        """Bytes of one waiting candidate: a packed int64; for float64 a score, a key, and both again sorted.
+
+        On an accelerator more (read off CUDA's allocator): topk copies rows that are not dense, sort works in copies.
+        """
+        packed = self.tile.size == 4
+        copied = (8 if packed else 48) if self.accelerator else 0
+        return (8 if packed else 8 + 4 + 16) + copied
 
     @property
     def kept_bytes(self) -> int:
         """Bytes of what is kept: as candidates, and once more with places (int64) and marks while it is selected."""
-        return self.tile.rows * self.kept * (self.candidate_bytes + 17)
+        sorting = 24 if self.accelerator and self.tile.size == 4 else 0
+        return self.tile.rows * self.kept * (self.candidate_bytes + 17 + sorting)
 
     @property
     def scratch_bytes(self) -> int:

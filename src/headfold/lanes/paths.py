@@ -49,10 +49,15 @@ class IndexerPath:
         """The workspace in bytes."""
         return DEFAULT_WORKSPACE if self.workspace is None else self.workspace
 
-    def bill(self, problem: Problem) -> Bill:
+    def bill(self, problem: Problem, device: torch.device) -> Bill:
         """Return the planned bytes."""
-        options = {"causal": problem.causal, "scale": problem.scale, "workspace": self.workspace_bytes}
-        return problem.geometry.bill(self.family, **options)  # type: ignore[arg-type]
+        return problem.geometry.bill(
+            self.family,
+            causal=problem.causal,
+            scale=problem.scale,
+            workspace=self.workspace_bytes,
+            accelerator=device.type != "cpu",
+        )
 
     def result_bytes(self, problem: Problem) -> int:
         """Return the bytes of what it returns."""
@@ -70,7 +75,7 @@ def scoring(g: IndexerGeometry, workspace: int | None = None, *, with_loop: bool
 
 def selecting(g: IndexerGeometry, device: torch.device, workspace: int | None = None) -> list[IndexerPath]:
     """Every way to select and to score a selection; headfold at a workspace, or at two."""
-    least = g.selection(0).scratch_bytes
+    least = g.selection(0, accelerator=device.type != "cpu").scratch_bytes
     ours = [headfold_topk(g.topk, *at) for at in _workspaces("headfold top-k", workspace, least)]
     return [materialized_topk(g.topk), *ours, headfold_selected(g, device, workspace)]
 

@@ -97,7 +97,7 @@ def _counter(device: torch.device) -> str:
 
 
 def _measure(problem: Problem, path: IndexerPath, phase: str, device: torch.device, *, process: bool) -> list[Row]:
-    bill = path.bill(problem)
+    bill = path.bill(problem, device)
     planned = bill.forward if phase == FORWARD else bill.training
     row: Row = {"path": path.name, "phase": phase, "planned": planned}
     given = problem.geometry.inputs_bytes + path.result_bytes(problem)  # dL/dscores is as large as the result

@@ -100,7 +100,7 @@ def speed(
 
 def skipped(problem: Problem, path: IndexerPath, device: torch.device) -> Row | None:
     """Return the row of a path that does not fit in memory and is not started, or None."""
-    needed = path.bill(problem).training + problem.geometry.inputs_bytes + path.result_bytes(problem)
+    needed = path.bill(problem, device).training + problem.geometry.inputs_bytes + path.result_bytes(problem)
     free = measure.free_memory(device)
     if needed <= free:
         return None

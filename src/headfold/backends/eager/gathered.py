@@ -27,7 +27,8 @@ def gather_tile_of(q: Tensor, indices: Tensor, relu: bool) -> GatherTile:
     """Return the tile of a gathered walk over batch-first q [b, sq, h, d] and indices [b, sq, topk]."""
     _, sq, h, d = q.shape
     size = compute_dtype(q.dtype).itemsize
-    return GatherTile.of(sq, indices.shape[2], h, d, size, q.dtype.itemsize, relu=relu)
+    shape = sq, indices.shape[2], h, d, size, q.dtype.itemsize
+    return GatherTile.of(*shape, relu=relu, accelerator=q.device.type != "cpu")
 
 
 class _Gathered:
@@ -220,8 +221,12 @@ class _GatheredBackward:
     def _add_weight_sums(self, totals: Tensor, g: Tensor, rectified: Tensor) -> None:
         """Add Σ_t g [rows, t] · rectified [rows, t, h] to totals [rows, h], in the memory that dkeys take later.
 
-        Summed in pairs: a product would sum as many terms as there are picks in one chain.
+        Summed in pairs: a CPU's product would sum as many terms as there are picks in one chain. On an accelerator the
+        product splits them itself, and a sum would take scratch for that.
         """
+        if g.device.type != "cpu":
+            totals.unsqueeze(1).baddbmm_(g.unsqueeze(1), rectified)
+            return
         rows, picks, h = rectified.shape
         for part in blocks(picks, max(1, self.dkeys.numel() // (rows * h))):
             span = slice(*part)
