@@ -144,6 +144,11 @@ class GatherTile:
         return self.rows * self.picks * self.d * self.size
 
     @property
+    def dkeys(self) -> int:
+        """Elements of the gradients of gathered keys, whose memory also takes terms [rows, 1 or more picks, h]."""
+        return self.rows * max(self.picks * self.d, self.h)
+
+    @property
     def forward_bytes(self) -> int:
         """Scratch of the forward walk: gathered keys before and after their cast, logits, q, weights, bias, marks."""
         uncast = self.rows * self.picks * self.d * self.itemsize if self.itemsize < self.size else 0
@@ -158,7 +163,7 @@ class GatherTile:
     def backward_bytes(self) -> int:
         """Scratch of the backward walk: the forward's, u, weights * q, dweights twice, gradients of gathered keys."""
         sorting = 52 * self.rows * self.picks if self.accelerator else 0
-        return self.forward_bytes + 2 * self.query_bytes + 2 * self.weight_bytes + self.key_bytes + sorting
+        return self.forward_bytes + 2 * self.query_bytes + 2 * self.weight_bytes + self.dkeys * self.size + sorting
 
 
 @dataclass(frozen=True)

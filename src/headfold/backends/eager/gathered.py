@@ -168,7 +168,7 @@ class _GatheredBackward:
         self.u = empty(tile.rows * tile.h * tile.d)
         self.weighted = empty(tile.rows * tile.h * tile.d)
         self.dweights, self.part = empty(tile.rows * tile.h), empty(tile.rows * tile.h)
-        self.dkeys = empty(tile.rows * tile.picks * tile.d)
+        self.dkeys = empty(tile.dkeys)
 
     def element(
         self,
