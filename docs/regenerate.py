@@ -88,10 +88,35 @@ def speed(report: Report) -> str:
     return tabulate(table, head, tablefmt="github") + f"\n\n{notes[0]}"
 
 
+def selection(report: Report) -> str:
+    """Peaks of every selection that was measured, and what it cost in time at the report's shape."""
+    table = []
+    for lane in (lane for lane in report["lanes"] if lane["name"].startswith("selection residency")):
+        shape = lane["question"].removeprefix("And at ").split(", h=")[0]
+        if lane["name"] == "selection residency":
+            shape = f"b={report['geometry']['b']}, sq={report['geometry']['sq']}, sk={report['geometry']['sk']}"
+        for r in lane["rows"]:
+            if r["phase"] == "held for backward":
+                continue
+            measured = show_bytes(r["measured"]) if "measured" in r else "not run: " + r["note"].split(" (")[0]
+            table.append([shape, r["path"], r["phase"], show_bytes(r["planned"]), measured])
+    head = ["h=32, d=128", "path", "phase", "planned", "measured"]
+    times = [
+        [r["path"], r["phase"], show(r["seconds"], "seconds"), show(r.get("speedup"), "ratio"), r.get("note", "")]
+        for r in rows(report, "selection speed")
+        if "seconds" in r
+    ]
+    notes = next(lane["notes"] for lane in report["lanes"] if lane["name"] == "selection speed")
+    times_head = ["path", "phase", "median", "× materialised", "ratio"]
+    parts = tabulate(table, head, tablefmt="github"), tabulate(times, times_head, tablefmt="github"), notes[0]
+    return "\n\n".join(parts)
+
+
 MEASURED: dict[str, Callable[[Report], str]] = {
     "headline": headline,
     "residency": residency,
     "speed": speed,
+    "selection": selection,
     "conditions": lambda report: f"Measured at {conditions(report)}.",
 }
 

@@ -439,3 +439,13 @@ def test_an_expanded_axis_of_one_entry_is_no_overlap() -> None:
     mask = torch.zeros(1, 6, dtype=torch.bool).expand(1, 1, 6)
     update_index_mask_(mask, torch.tensor([[[5]]]))
     assert mask.sum() == 1
+
+
+def test_a_mask_beyond_two_to_the_31_entries_is_reached() -> None:
+    sk = 2**30
+    mask = index_mask(torch.tensor([[[sk - 1], [-1], [-1]]]), sk)
+    assert mask.numel() > 2**31
+    update_index_mask_(mask, torch.tensor([[[sk - 2, -1]]]), first_row=2)
+    assert [mask[0, 0, -1].item(), mask[0, 2, -2].item()] == [True, True]
+    assert not mask[0, 2, 0]
+    assert torch.count_nonzero(mask[0, :, :2]) == 0

@@ -7,6 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.profiler import profile
 from torch.utils.checkpoint import checkpoint
 
 from cases import CASES, Case
@@ -49,7 +50,7 @@ def at(scores: Tensor, indices: Tensor) -> Tensor:
 
 @pytest.mark.usefixtures("poisoned")
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("case", [c for c in CASES if c.d > 1], ids=str)
+@pytest.mark.parametrize("case", [c for c in CASES if c.d > 1], ids=str)  # at d=1 a row of dk is one number: all luck
 def test_scores_and_gradients_stay_within_the_error_budget(case: Case, dtype: torch.dtype) -> None:
     indices = some_indices(case, 300 if case.sq > 100 else 23)
     g = torch.randn(indices.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
@@ -77,6 +78,55 @@ def test_picks_beyond_one_tile_are_summed_over_tiles() -> None:
     g = torch.randn(ours.shape, dtype=torch.float64).masked_fill(indices < 0, 0)
     for x, y in zip(torch.autograd.grad(ours, mine, g), torch.autograd.grad(oracle, theirs, g), strict=True):
         torch.testing.assert_close(x, y, rtol=1e-11, atol=1e-11)
+
+
+@pytest.mark.parametrize(("h", "d"), [(3, 2), (64, 4), (200, 16)])
+def test_more_heads_than_channels_and_picks(h: int, d: int) -> None:
+    case, indices = Case(3, 5, h=h, d=d), torch.tensor([[[4], [0], [-1]]])
+    mine, theirs = leaves(case, torch.float64), leaves(case, torch.float64)
+    g = torch.ones(1, 3, 1, dtype=torch.float64)
+    ours = torch.autograd.grad(scores_at(mine, indices), mine, g)
+    oracle = torch.autograd.grad(at(index_scores(*theirs), indices), theirs, g)
+    for x, y in zip(ours, oracle, strict=True):
+        torch.testing.assert_close(x, y, rtol=1e-11, atol=1e-11)
+
+
+@pytest.mark.parametrize("topk", [1, 8, 16, 64, 2048])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32", "float64"])
+@pytest.mark.parametrize("accelerator", [False, True])
+def test_16_mib_are_enough_for_any_number_of_picks(topk: int, dtype: str, accelerator: bool) -> None:
+    g = IndexerGeometry(1, 4096, 65_536, 32, 128, topk=topk, dtype=dtype)
+    assert g.gather_tile(accelerator=accelerator).backward_bytes <= 16 * MIB
+
+
+@pytest.mark.parametrize("value", [NAN, float("inf"), NEG_INF])
+def test_nan_and_infinity_of_a_selected_key_propagate_as_in_the_score_matrix(value: float) -> None:
+    case = Case(4, 6, h=2, d=3)
+    q, weights, k = leaves(case)
+    with torch.no_grad():
+        k[2, 0, 1] = value
+    indices = some_indices(case, 5)
+    ours, oracle = scores_at([q, weights, k], indices), at(index_scores(q, weights, k), indices)
+    torch.testing.assert_close(ours, oracle, equal_nan=True)
+    g = torch.ones_like(ours).masked_fill(indices < 0, 0)
+    rows = (indices == 2).any(-1)[0]  # only rows that selected it
+    for x, y in zip(
+        torch.autograd.grad(ours, [q, weights], g), torch.autograd.grad(oracle, [q, weights], g), strict=True
+    ):
+        torch.testing.assert_close(x[rows], y[rows], equal_nan=True)
+        assert x[~rows].isfinite().all()
+
+
+def test_a_key_axis_beyond_two_to_the_31_elements_is_reached() -> None:
+    last = 2**24 + 4  # times 128 channels: zeros that are never touched take no memory of the machine
+    k = torch.zeros(last + 1, 1, 128, dtype=torch.bfloat16)
+    k[last] = 1
+    q, weights = torch.ones(1, 1, 1, 128, dtype=torch.bfloat16), None
+    assert k.numel() > 2**31
+    indices, scores = index_topk(q, weights, k, 2, with_scores=True)
+    assert indices.tolist() == [[[last, 0]]]
+    assert scores is not None
+    assert selected_scores(q, weights, k, torch.tensor([[[0, last]]])).tolist() == [[[0.0, 128.0]]]
 
 
 @settings(deadline=None, max_examples=40)
@@ -172,7 +222,9 @@ def test_runs_and_workspaces_give_the_same_bits(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32", "float64"])
-@pytest.mark.parametrize("case", [*[c for c in CASES if c.weighted], Case(500, 3000, b=2, h=32, d=64)], ids=str)
+@pytest.mark.parametrize(
+    "case", [*[c for c in CASES if c.weighted], Case(500, 3000, b=2, h=32, d=64), Case(5, 9, h=300, d=4)], ids=str
+)
 def test_planned_bytes_are_measured_bytes(case: Case, dtype: str) -> None:
     inputs = leaves(case, getattr(torch, dtype))
     indices = some_indices(case, 300 if case.sq > 100 else 23)
@@ -212,6 +264,21 @@ def test_any_subset_of_the_gradients_can_be_asked_for(needed: set[int], activati
     wanted = [x for x in some if x.requires_grad]
     grads = torch.autograd.grad(scores_at(some, indices, **case.call()), wanted, g)
     assert all(map(torch.equal, grads, [every[i] for i in sorted(needed)]))
+
+
+@pytest.mark.parametrize(("needed", "products"), [({0}, 2), ({1}, 1), ({2}, 2), ({0, 1, 2}, 3)])
+def test_products_that_nobody_needs_are_skipped(needed: set[int], products: int) -> None:
+    case = Case(20, 30, h=4, d=8)
+    inputs, indices = (
+        [x.detach().requires_grad_(i in needed) for i, x in enumerate(leaves(case))],
+        some_indices(case, 10),
+    )
+    scores = scores_at(inputs, indices)
+    wanted = [x for x in inputs if x.requires_grad]
+    with profile() as watched:
+        torch.autograd.grad(scores, wanted, torch.ones_like(scores))
+    counts = {event.key: event.count for event in watched.key_averages()}
+    assert counts.get("aten::bmm", 0) + counts.get("aten::baddbmm_", 0) == products
 
 
 def op_arguments(dtype: torch.dtype, *, grad: bool) -> tuple[Any, ...]:

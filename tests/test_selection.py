@@ -50,11 +50,15 @@ def test_selection_is_a_stable_sort_of_the_scores(case: Case, ties: bool, dtype:
 @settings(deadline=None, max_examples=60)
 @given(
     st.lists(
-        st.lists(st.sampled_from([0.0, -0.0, 1.0, 2.0, -1.0, NEG_INF]), min_size=6, max_size=6), min_size=1, max_size=4
+        st.lists(
+            st.sampled_from([0.0, -0.0, 1.0, 2.0, -1.0, NEG_INF, float("inf"), NAN, -NAN]), min_size=6, max_size=6
+        ),
+        min_size=1,
+        max_size=4,
     ),
     st.integers(0, 8),
     st.booleans(),
-    st.sampled_from([torch.float32, torch.float64]),
+    st.sampled_from([torch.float16, torch.bfloat16, torch.float32, torch.float64]),
 )
 def test_ties_zeros_and_infinities_follow_the_total_order(
     rows: list[list[float]], topk: int, causal: bool, dtype: torch.dtype
@@ -68,7 +72,7 @@ def test_ties_zeros_and_infinities_follow_the_total_order(
     assert torch.equal(indices, sorted_by_hand(wanted.unsqueeze(0), topk))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64], ids=str)
 def test_nan_comes_first_whatever_its_sign(dtype: torch.dtype) -> None:
     bias = torch.tensor([[[0.0, NAN, float("inf"), -NAN, NEG_INF, 1.0]]], dtype=dtype)
     bias[0, 0, 3] = bias[0, 0, 3].abs().neg()
@@ -91,6 +95,19 @@ def test_what_is_selected_does_not_depend_on_the_workspace_or_the_run(dtype: tor
         assert again.scores is not None
         assert expected.scores is not None
         assert torch.equal(again.scores, expected.scores)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64], ids=str)
+def test_packed_sequences_select_within_themselves(dtype: torch.dtype) -> None:
+    lengths_q, lengths_k = torch.tensor([0, 3, 3, 20]), torch.tensor([0, 8, 12, 40])
+    keys = KeyRange.packed(lengths_q, lengths_k, total_q=22)
+    q, weights, k = ((x * 1.5).round()[:, 0] for x in Case(22, 40, h=3, d=4).inputs(dtype) if x is not None)
+    scores = index_scores(q, weights, k, keys=keys, layout="thd")
+    indices = index_topk(q, weights, k, 9, keys=keys, layout="thd").indices
+    assert torch.equal(indices, sorted_by_hand(scores, 9))
+    assert (indices[0, 20:] == -1).all()
+    assert indices[0, :3].max() < 8
+    assert indices[0, 3:20][indices[0, 3:20] >= 0].min() >= 12
 
 
 @pytest.mark.parametrize("h", [1, 4])

@@ -127,7 +127,7 @@ def residency(
     if full:
         _exclude("--full", preset=preset, shape=shape, inputs=inputs)
     problem = _problem(preset, "full" if full else shape, inputs, tokens, batch, dtype, causal)
-    _enough(workspace, problem)
+    _enough(workspace, problem, where)
     track = _track(as_json)
     lanes = [run_residency(problem, where, workspace=workspace, process=process, track=track)]
     if full:
@@ -168,7 +168,7 @@ def speed(
         _exclude("--sweep", preset=preset, shape=shape, inputs=inputs, dtype=dtype, workspace=workspace)
         _finish([run_sweep(where, rounds=rounds, track=track)], as_json)
     problem = _problem(preset, shape, inputs, tokens, batch, dtype, causal)
-    _enough(workspace, problem)
+    _enough(workspace, problem, where)
     options: dict[str, Any] = {"rounds": rounds, "targets": targets, "workspace": workspace, "track": track}
     lanes = [run_speed(problem, where, peers=peers, **options)]
     if problem.geometry.topk:
@@ -195,7 +195,8 @@ def prove(
     dtype: Dtype = None,
     causal: Causal = False,
     full: Annotated[
-        bool, typer.Option("--full", help="Add the residency of the seed's full shape (minutes, 6 GiB).")
+        bool,
+        typer.Option("--full", help="Add the seed's full shape, and long selections (minutes)."),
     ] = False,
     folder: Annotated[Path, typer.Option("--report", help="Where the report goes.")] = Path("report"),
     rounds: Rounds = 2,
@@ -314,9 +315,9 @@ def _exclude(option: str, **others: object) -> None:
             raise ValueError(f"{option}: excludes --{name}, got {str(value)!r} for it.")
 
 
-def _enough(workspace: int | None, problem: Problem) -> None:
+def _enough(workspace: int | None, problem: Problem, device: torch.device) -> None:
     """Refuse a workspace that some op on this problem does not fit in, before anything runs."""
-    least = problem.geometry.least_workspace
+    least = problem.geometry.least_workspace(accelerator=device.type != "cpu")
     if workspace is not None and workspace < least:
         raise ValueError(f"--workspace: needs at least {least} bytes for this shape, got {workspace}.")
 

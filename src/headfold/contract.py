@@ -120,7 +120,7 @@ def score_call(
     )
 
 
-def selection(op: str, indices: object) -> None:
+def key_indices(op: str, indices: object) -> None:
     """Refuse what is not a selection: int32 or int64 [b, sq, topk]."""
     if not isinstance(indices, Tensor):
         raise TypeError(f"{op}: indices must be a tensor, got {type(indices).__name__}.")
@@ -129,9 +129,9 @@ def selection(op: str, indices: object) -> None:
     rank(op, "indices", indices, "[b, sq, topk]")
 
 
-def selection_of(op: str, indices: Tensor, q: Tensor) -> None:
+def indices_for(op: str, indices: Tensor, q: Tensor) -> None:
     """Refuse what is not a selection for batch-first q; the values of indices stay unread."""
-    selection(op, indices)
+    key_indices(op, indices)
     if indices.shape[:2] != q.shape[:2]:
         b, sq = q.shape[:2]
         raise ValueError(f"{op}: indices must be [b, sq, topk] = [{b}, {sq}, topk], got {list(indices.shape)}.")
@@ -184,7 +184,7 @@ def one_of(op: str, name: str, value: object, choices: Sequence[object]) -> None
 
 def at_least(op: str, name: str, value: object, least: int) -> None:
     """Refuse what is not an int, or is one below `least`."""
-    if isinstance(value, bool) or not isinstance(value, int):
+    if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
         raise TypeError(f"{op}: {name} must be an int, got {type(value).__name__}.")
     if value < least:
         raise ValueError(f"{op}: {name} must be at least {least}, got {value}.")

@@ -130,12 +130,12 @@ class IndexerGeometry:
         """Bytes of the float32 [sk, d] sums that half-precision dk is cast from, one batch element at a time."""
         return self.sk * self.dim * 4 if self.itemsize < 4 else 0
 
-    @property
-    def least_workspace(self) -> int:
-        """The smallest workspace in which scores and, where topk is given, selections work, with gradients."""
+    def least_workspace(self, *, accelerator: bool = False) -> int:
+        """Return the smallest workspace in which scores and, where topk is given, selections work, with gradients."""
         if self.topk == 0:
             return self.backward_scratch
-        return max(self.backward_scratch, self.selection(0).scratch_bytes, self.gather_tile().backward_bytes)
+        selecting = self.selection(0, accelerator=accelerator).scratch_bytes
+        return max(self.backward_scratch, selecting, self.gather_tile(accelerator=accelerator).backward_bytes)
 
     def gather_tile(self, *, accelerator: bool = False) -> GatherTile:
         """Return the tile of the gathered walk, which scores selected keys."""

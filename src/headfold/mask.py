@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from headfold import ops
-from headfold.contract import MASK_DTYPES, at_least, one_of, selection, updatable
+from headfold.contract import MASK_DTYPES, at_least, key_indices, one_of, updatable
 
 
 def index_mask(indices: Tensor, sk: int, *, dtype: torch.dtype = torch.bool) -> Tensor:
@@ -33,7 +33,7 @@ def index_mask(indices: Tensor, sk: int, *, dtype: torch.dtype = torch.bool) -> 
     Source: DeepSeek-V3.2 (arXiv:2512.02556), equation 2.
     """
     op = "index_mask"
-    selection(op, indices)
+    key_indices(op, indices)
     at_least(op, "sk", sk, 0)
     one_of(op, "dtype", dtype, MASK_DTYPES)
     mask: Tensor = ops.index_mask(indices, sk, dtype)
@@ -60,7 +60,7 @@ def update_index_mask_(mask: Tensor, indices: Tensor, *, first_row: int = 0) -> 
     Source: Megatron-Core's `scatter_topk_into_index_mask`.
     """
     op = "update_index_mask_"
-    selection(op, indices)
+    key_indices(op, indices)
     updatable(op, mask, indices, first_row)
     ops.update_index_mask_(mask, indices, first_row)
     return mask

@@ -59,7 +59,7 @@ def selected_scores(call: ScoreCall, indices: Tensor) -> Tensor:
 def at_indices(scores: Tensor, indices: Tensor) -> Tensor:
     """Gather [b, sq, topk] from scores [b, sq, sk]; -inf at -1."""
     if scores.shape[-1] == 0:
-        return scores.new_full(indices.shape, float("-inf"))
+        return torch.nn.functional.pad(scores, (0, indices.shape[-1]), value=float("-inf"))
     picked = scores.gather(-1, indices.long().clamp(min=0))
     return picked.masked_fill(indices < 0, float("-inf"))
 

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from headfold import backends, materialized, ops
 from headfold.backends import eager
-from headfold.contract import enough_workspace, reverse_mode_only, score_call, selection_of, wants_grad
+from headfold.contract import enough_workspace, indices_for, reverse_mode_only, score_call, wants_grad
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -39,8 +39,8 @@ def selected_scores(
         weights: [sq, b, h], cast to the compute dtype; None means ones.
         k: [sk, b, d], as q.
         indices: int32 or int64 [b, sq, topk], as `index_topk` returns them: positions on the key axis, or -1 for none.
-            Values are not checked, which would read them on the host: one of sk or more raises an IndexError of
-            torch's on a CPU and is undefined on an accelerator.
+            Values are not checked, which would read them on the host: one of sk or more raises an error of torch's on
+            a CPU and is undefined on an accelerator. With sk = 0 every entry scores -inf.
         causal: as in `index_scores`; a selected key that its row may not see scores -inf, as -1 does.
         keys: as in `index_scores`.
         bias: as in `index_scores`.
@@ -75,7 +75,7 @@ def selected_scores(
         layout=layout,
         workspace=workspace,
     )
-    selection_of("selected_scores", indices, call.q)
+    indices_for("selected_scores", indices, call.q)
     if backends.choose("selected_scores", impl) == "materialized":
         return materialized.selected_scores(call, indices)
     reverse_mode_only("selected_scores", *call.inputs)

@@ -90,7 +90,7 @@ def index_topk(
     with torch.no_grad():
         if backends.choose("index_topk", impl) == "materialized":
             return TopK(*materialized.index_topk(call, topk, with_scores, index_dtype))
-        least = eager.selection_of(call.q, call.k, call.relu, topk, 0)
+        least = eager.selection_plan(call.q, call.k, call.relu, topk, 0)
         enough_workspace("index_topk", least.scratch_bytes, call.workspace)
         inputs = (x if x is None else x.detach() for x in call.inputs)
         rest = topk, with_scores, index_dtype, call.workspace

@@ -51,6 +51,8 @@ class SelectionRecord:
         at_least(op, "sk", self.sk, 0)
         if self.layer is not None:
             at_least(op, "layer", self.layer, 0)
+        if self.scores is not None and not isinstance(self.scores, Tensor):
+            raise TypeError(f"{op}: scores must be a tensor or None, got {type(self.scores).__name__}.")
         if self.scores is not None and (self.scores.dtype not in DTYPES or self.scores.shape != self.indices.shape):
             raise ValueError(
                 f"{op}: scores must be floating and shaped as indices, {list(self.indices.shape)}, "

@@ -125,7 +125,7 @@ class GatherTile:
         """Return the tile for a call of this shape."""
         fit = max(1, min(_GATHERED_BYTES // (d * size), _LOGITS_BYTES // (h * size)))
         picks = max(1, min(topk, fit))
-        rows = max(1, min(sq, fit // picks, _QUERY_BYTES // (h * d * size)))
+        rows = max(1, min(sq, fit // picks, _PRODUCT_ROWS // h, _QUERY_BYTES // (h * d * size)))
         return cls(rows, picks, h, d, size, itemsize, relu, accelerator)
 
     @property
@@ -144,6 +144,11 @@ class GatherTile:
         return self.rows * self.picks * self.d * self.size
 
     @property
+    def logits(self) -> int:
+        """Elements of the [rows, h, picks] logits; without an activation, of the [rows, d] folded queries."""
+        return self.rows * (self.h * self.picks if self.relu else self.d)
+
+    @property
     def dkeys(self) -> int:
         """Elements of the gradients of gathered keys, whose memory also takes terms [rows, 1 or more picks, h]."""
         return self.rows * max(self.picks * self.d, self.h)
@@ -152,12 +157,11 @@ class GatherTile:
     def forward_bytes(self) -> int:
         """Scratch of the forward walk: gathered keys before and after their cast, logits, q, weights, bias, marks."""
         uncast = self.rows * self.picks * self.d * self.itemsize if self.itemsize < self.size else 0
-        logits = self.rows * (self.h * self.picks if self.relu else self.d) * self.size
         # Scores and cast bias; the bias as given, at most 8 bytes wide; the key as an int64; two marks.
         per_pick = 2 * self.size + 8 + 8 + 2
         bounds = 40 * self.rows + 64
         staged = self.query_bytes + self.weight_bytes
-        return self.key_bytes + uncast + logits + staged + self.rows * self.picks * per_pick + bounds
+        return self.key_bytes + uncast + self.logits * self.size + staged + self.rows * self.picks * per_pick + bounds
 
     @property
     def backward_bytes(self) -> int:
@@ -183,7 +187,8 @@ class Selection:
     def of(cls, tile: Tile, sk: int, topk: int, workspace: int, *, accelerator: bool = False) -> Selection:
         """Return the widest selection that fits the workspace, or the narrowest there is.
 
-        Rows are halved until what they keep is small: products split at such places give every score the same bits.
+        Rows are halved until what they keep is small. That depends on the shape alone, so results still do not depend
+        on the workspace; at a few rows a product may round otherwise than that of a whole tile.
         """
         least = cls(tile, min(topk, sk), tile.keys, accelerator)
         while least.kept_bytes > _KEPT_BYTES and least.tile.rows > 1:

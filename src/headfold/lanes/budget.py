@@ -4,7 +4,8 @@ error(ours, truth) <= 2 · (error(materialised path in the same dtype, truth) + 
 
 The materialised path's error is the largest over eight orders of its sums: a single order is often lucky in a short
 row, and in float64 the truth is itself one of them. Held to one order alone, the materialised path with its sums
-shuffled breaks its own budget (a test shows it).
+shuffled breaks its own budget (a test shows it). Of the orders of selected scores four are made of gathered keys, the
+other way to write them, and four are gathered from the score matrix.
 """
 
 from __future__ import annotations

@@ -7,10 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from headfold.geometry import IndexerGeometry
+from headfold.keyrange import KeyRange
 from headfold.lanes.budget import score_budget, spend_all
 from headfold.lanes.parity import gradcheck_cases, gradcheck_row
 from headfold.lanes.problem import Problem
-from headfold.lanes.record import FAIL, PASS, Column, Lane, Row, Track, no_track
+from headfold.lanes.record import FAIL, PASS, Column, Lane, Row, Track, no_track, show_bytes
 from headfold.scores import index_scores
 from headfold.selected import selected_scores
 from headfold.selection import index_topk
@@ -27,7 +29,7 @@ COLUMNS = (
 )
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 ROWS, KEYS = 96, 3072
-WORKSPACES = (16 * MIB, 64 * MIB, 512 * MIB)
+WORKSPACES = (16 * MIB, 64 * MIB, 512 * MIB)  # and the smallest that works, where fewest keys wait at a time
 REPEATS = 20
 NEG_INF = float("-inf")
 
@@ -40,10 +42,13 @@ def selection_parity(
     for dtype in track(DTYPES, "selection, sets and budgets"):
         tensors = _tensors(problem, device, dtype)
         topk = max(1, min(problem.geometry.topk, tensors[2].shape[0] // 2))
-        for name, call in (("every key", {}), ("causal", {"causal": True})):
+        # The first row sees half of topk keys, and so ends in -1.
+        short = KeyRange(offset=topk // 2 - 1)
+        cases: dict[str, dict[str, Any]] = {"every key": {}, "causal": {"causal": True}, "short rows": {"keys": short}}
+        for name, call in cases.items():
             options: dict[str, Any] = {"scale": problem.scale, "impl": impl, **call}
             lane.rows += [_sets(name, tensors, topk, options), _order(name, tensors, topk, options)]
-        lane.rows += _budget(tensors, topk, {"scale": problem.scale, "impl": impl, "causal": True})
+        lane.rows += _budget(tensors, topk, {"scale": problem.scale, "impl": impl, "keys": short})
     tensors = _tensors(problem, device, getattr(torch, problem.geometry.dtype))
     lane.rows.append(_bits(tensors, max(1, min(problem.geometry.topk, len(tensors[2]) // 2)), impl, track))
     for name, call in track(list(gradcheck_cases(device).items()), "gradcheck of selected scores, float64"):
@@ -54,6 +59,8 @@ def selection_parity(
         "all of that.",
         "Order: the indices are those of a stable descending sort of index_scores, ties to the smaller key, -1 where "
         "a row runs out, equal to the last place.",
+        "Budgets of selected scores: four of the eight orders are made of gathered keys, four are gathered from the "
+        "score matrix. Short rows: the first sees half of topk keys, so it ends in -1.",
         f"Tensors: {problem.source}; at most {ROWS} rows and {KEYS} keys of them, topk at most half of the keys.",
     ]
     return lane
@@ -137,8 +144,11 @@ def _budget(tensors: list[Tensor], topk: int, call: dict[str, Any]) -> list[Row]
 
 
 def _bits(tensors: list[Tensor], topk: int, impl: str, track: Track[Any]) -> Row:
-    """Select and differentiate again and again, at three workspaces, and compare every bit."""
+    """Select and differentiate again and again, at four workspaces, and compare every bit."""
     q, weights, k = (x.detach().requires_grad_() for x in tensors)
+    (sq, b, h, d), dtype = q.shape, str(q.dtype).removeprefix("torch.")
+    shape = IndexerGeometry(b, sq, len(k), h, d, topk, dtype)
+    least = shape.least_workspace(accelerator=q.device.type != "cpu")
 
     def run(workspace: int) -> list[Tensor]:
         selected = index_topk(q, weights, k, topk, causal=True, with_scores=True, impl=impl, workspace=workspace)
@@ -147,14 +157,14 @@ def _bits(tensors: list[Tensor], topk: int, impl: str, track: Track[Any]) -> Row
         assert selected.scores is not None
         return [selected.indices, selected.scores, scores.detach(), *grads]
 
-    workspaces = [*WORKSPACES, *[WORKSPACES[1]] * REPEATS]
+    workspaces = [least, *(max(least, given) for given in WORKSPACES), *[WORKSPACES[1]] * REPEATS]
     expected = run(WORKSPACES[1])
     differing = sum(
         not all(torch.equal(_bits_of(x), _bits_of(y)) for x, y in zip(run(workspace), expected, strict=True))
         for workspace in track(workspaces, "selection, repeats")
     )
-    said = " and ".join((", ".join(f"{workspace // MIB}" for workspace in WORKSPACES[:-1]), "512 MiB"))
-    row = _named(f"bits, {REPEATS} repeats and workspaces of {said}", tensors, "indices, scores, gradients")
+    said = f"bits, {REPEATS} repeats and workspaces of {show_bytes(least)}, 16, 64 and 512 MiB"
+    row = _named(said, tensors, "indices, scores, gradients")
     if differing:
         return {**row, "verdict": FAIL, "note": f"{differing} of {len(workspaces)} runs differ"}
     return {**row, "verdict": PASS}

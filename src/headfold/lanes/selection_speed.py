@@ -66,14 +66,19 @@ def selection_speed(
             runs[path.name, phase] = _forward(at, path, device, 1 if at is problem else STEPS)
         else:
             lane.rows.append({**unfit, "phase": phase})
-    selected = _Selected(problem, device, workspace)
+    selected: _Selected | None = None
+    unfit = skipped(problem, headfold_selected(g, device, workspace), device)
+    if unfit is None:
+        selected = _Selected(problem, device, workspace)
+    else:
+        lane.rows.append(unfit)
     readings: Readings = {}
     rates: list[float] = []
     for _ in track(range(rounds), "selection speed, rounds"):
         rates.append(product.rate())
         for key, run in runs.items():
             readings.setdefault(key, []).append(run())
-        for key, taken in selected.run().items():
+        for key, taken in (selected.run() if selected else {}).items():
             readings.setdefault(key, []).append(taken)
     lane.rows += [_row(problem, key, taken, readings, rates) for key, taken in readings.items()]
     if targets:

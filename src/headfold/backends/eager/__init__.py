@@ -3,7 +3,7 @@
 from headfold.backends.eager.gathered import gather_tile_of, selected_scores, selected_scores_backward
 from headfold.backends.eager.masks import index_mask, update_index_mask_
 from headfold.backends.eager.scores import empty_rows_like, index_scores, index_scores_backward
-from headfold.backends.eager.topk import index_topk, selection_of
+from headfold.backends.eager.topk import index_topk, selection_plan
 from headfold.backends.eager.walks import BackwardWalk, ForwardWalk, tile_of
 
 __all__ = [
@@ -17,7 +17,7 @@ __all__ = [
     "index_topk",
     "selected_scores",
     "selected_scores_backward",
-    "selection_of",
+    "selection_plan",
     "tile_of",
     "update_index_mask_",
 ]

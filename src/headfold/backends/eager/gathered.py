@@ -2,7 +2,8 @@
 
 A tile gathers the selected keys of a few rows. Keys that a row may not see, and the -1 that pads a selection, stand on
 some key's place in it: forward they are overwritten with -inf, backward their rows are zeros, so that not even a NaN
-of a key that nobody selected reaches a gradient.
+of a key that nobody selected reaches a gradient. A NaN query reaches dk of whatever key stands there, as it reaches
+every key of a score matrix.
 """
 
 from __future__ import annotations
@@ -34,15 +35,14 @@ def gather_tile_of(q: Tensor, indices: Tensor, relu: bool) -> GatherTile:
 class _Gathered:
     """The buffers of one gathered walk, and the steps that forward and backward share."""
 
-    def __init__(self, tile: GatherTile, like: Tensor, scale: float) -> None:
-        self.tile, self.scale = tile, scale
+    def __init__(self, tile: GatherTile, like: Tensor) -> None:
         count = tile.rows * tile.picks
         self.queries = Queries(tile.rows, tile.h, tile.d, like)
         empty, device = self.queries.empty, like.device
         self.keys = empty(count * tile.d)
         uncast = like.dtype != self.queries.dtype
         self.uncast = torch.empty(count * tile.d, dtype=like.dtype, device=device) if uncast else self.keys
-        self.logits = empty(tile.rows * (tile.h * tile.picks if tile.relu else tile.d))
+        self.logits = empty(tile.logits)
         self.scores, self.bias = empty(count), empty(count)
         self.given_bias = torch.empty(8 * count, dtype=torch.uint8, device=device)
         self.picked = torch.empty(count, dtype=torch.int64, device=device)
@@ -97,7 +97,7 @@ def selected_scores(
         return out.fill_(NEG_INF)
     tile = gather_tile_of(q, indices, relu)
     with torch.autocast(q.device.type, enabled=False):
-        s = _Gathered(tile, q, scale)
+        s = _Gathered(tile, q)
         for i in range(b):
             visible, factors_of = Visible.of(i, k.shape[1], start, end, bias, offset, ratio), batch_element(weights, i)
             for row in blocks(sq, tile.rows):
@@ -163,7 +163,7 @@ class _GatheredBackward:
     """
 
     def __init__(self, tile: GatherTile, like: Tensor, scale: float) -> None:
-        self.scratch, self.tile = _Gathered(tile, like, scale), tile
+        self.scratch, self.tile, self.scale = _Gathered(tile, like), tile, scale
         empty = self.scratch.queries.empty
         self.u = empty(tile.rows * tile.h * tile.d)
         self.weighted = empty(tile.rows * tile.h * tile.d)
@@ -191,31 +191,34 @@ class _GatheredBackward:
                 operand = torch.mul(query, factors.unsqueeze(-1), out=weighted)
             else:
                 operand = fold(query, factors, s.logits).unsqueeze(1)
-            u = head(self.u, *operand.shape).zero_()
-            totals = head(self.dweights, *factors.shape).zero_()
+            u = totals = None
+            if dq is not None or (dweights is not None and not relu):
+                u = head(self.u, *operand.shape).zero_()
+            if dweights is not None:
+                totals = head(self.dweights, *factors.shape).zero_()
             for pick in blocks(indices.shape[1], self.tile.picks):
                 place = slice(*row), slice(*pick)
                 keys, picked, hidden, _ = s.gather(k, indices[place], visible, row)
                 s.blank(keys, hidden)
-                incoming = torch.mul(g[place], s.scale, out=head(s.scores, *hidden.shape)).masked_fill_(hidden, 0)
+                incoming = torch.mul(g[place], self.scale, out=head(s.scores, *hidden.shape)).masked_fill_(hidden, 0)
                 a = incoming.unsqueeze(2)
                 if relu:
                     # Keys first: with few heads beside many picks these products run faster this way round.
                     logits = head(s.logits, *keys.shape[:2], query.shape[1])
                     torch.bmm(keys, query.transpose(1, 2), out=logits)
-                    if dweights is not None:
+                    if totals is not None:
                         self._add_weight_sums(totals, incoming, logits.relu_())
                     a = threshold_backward(a, logits, 0, grad_input=logits)
-                if dq is not None or not relu:
+                if u is not None:
                     u.baddbmm_(a.transpose(1, 2), keys)
                 if dk is not None:
                     dkeys = torch.bmm(a, operand, out=head(self.dkeys, *keys.shape))
                     _scatter_add(dk, picked.view(-1), dkeys.flatten(0, 1))
-            if dweights is not None:
-                if not relu:
+            if dweights is not None and totals is not None:
+                if u is not None and not relu:
                     torch.sum(torch.mul(u, query, out=weighted), -1, out=totals)
                 dweights[slice(*row)] = totals
-            if dq is not None:
+            if dq is not None and u is not None:
                 dq[slice(*row)] = torch.mul(u, factors.unsqueeze(-1), out=weighted)
 
     def _add_weight_sums(self, totals: Tensor, g: Tensor, rectified: Tensor) -> None:

@@ -113,7 +113,7 @@ class SortedCandidates:
             scores.copy_(kept).add_(0.0)
 
 
-def selection_of(q: Tensor, k: Tensor, relu: bool, topk: int, workspace: int) -> Selection:
+def selection_plan(q: Tensor, k: Tensor, relu: bool, topk: int, workspace: int) -> Selection:
     """Return the fold of a call over batch-first q [b, sq, h, d] and k [b, sk, d]."""
     accelerator = q.device.type != "cpu"
     return Selection.of(tile_of(q, k, relu), k.shape[1], topk, workspace, accelerator=accelerator)
@@ -139,7 +139,7 @@ def index_topk(
     b, sq, sk = q.shape[0], q.shape[1], k.shape[1]
     indices = torch.full((b, sq, topk), -1, dtype=index_dtype, device=q.device)
     scores = torch.full((b, sq, topk), NEG_INF, dtype=compute_dtype(q.dtype), device=q.device) if with_scores else None
-    plan = selection_of(q, k, relu, topk, workspace)
+    plan = selection_plan(q, k, relu, topk, workspace)
     tile = plan.tile
     if plan.kept == 0:
         return indices, scores
