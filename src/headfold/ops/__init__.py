@@ -1,0 +1,19 @@
+"""torch.library registration: schema, fake, autograd, FLOP formula and the refusal of double backward.
+
+Ops take batch-first views and plain values, so that records stay out of schemas. The bodies that ship are the
+undecorated functions of the backend; nothing is computed here.
+"""
+
+from headfold.ops.scores import index_scores, index_scores_backward
+from headfold.ops.selected import selected_scores, selected_scores_backward
+from headfold.ops.selection import index_mask, index_topk, update_index_mask_
+
+__all__ = [
+    "index_mask",
+    "index_scores",
+    "index_scores_backward",
+    "index_topk",
+    "selected_scores",
+    "selected_scores_backward",
+    "update_index_mask_",
+]
