@@ -142,9 +142,11 @@ def headfold_topk(topk: int, workspace: int | None = None, label: str = "headfol
     return IndexerPath(label, SELECTING[1], forward, workspace, trains=False, kept=True)
 
 
-def headfold_selected(g: IndexerGeometry, device: torch.device, workspace: int | None = None) -> IndexerPath:
-    """Our scores of a selection of this geometry: keys at even steps, which cost what others do."""
-    indices = spread_indices(g, device)
+def headfold_selected(
+    g: IndexerGeometry, device: torch.device, workspace: int | None = None, indices: Tensor | None = None
+) -> IndexerPath:
+    """Our scores of a selection of this geometry; without one, of keys at even steps, which take the same bytes."""
+    indices = spread_indices(g, device) if indices is None else indices
 
     def forward(q: Tensor, weights: Tensor, k: Tensor, causal: bool, scale: float) -> Tensor:
         return selected_scores(q, weights, k, indices, causal=causal, scale=scale, workspace=workspace)

@@ -88,7 +88,7 @@ def selection_speed(
         f"{rounds} interleaved rounds on {torch.get_num_threads()} threads; the {measure.RATE_SIZE}³ product ran at "
         f"{statistics.median(rates) / 1e9:.0f} GFLOP/s (median; {min(rates) / 1e9:.0f} to {max(rates) / 1e9:.0f}). "
         f"A decode step is one row against all {g.sk:,} keys, the median of {STEPS}.",
-        "Selected scores: keys at even steps, topk of them in each row.",
+        "Selected scores are those of the keys that index_topk selects.",
     ]
     return lane
 
@@ -109,7 +109,9 @@ class _Selected:
     """Times selected scores, forward and backward."""
 
     def __init__(self, problem: Problem, device: torch.device, workspace: int | None) -> None:
-        self.path, self.problem, self.device = headfold_selected(problem.geometry, device, workspace), problem, device
+        g, self.problem, self.device = problem.geometry, problem, device
+        indices = headfold_topk(g.topk, workspace)(problem.tensors(device), problem.causal, problem.scale)
+        self.path = headfold_selected(g, device, workspace, indices)
         self.leaves = problem.tensors(device, grad=True)
         self.g = incoming(problem, device, kept=True)
 
