@@ -28,7 +28,7 @@ COLUMNS = (
     Column("note", "note"),
 )
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-ROWS, KEYS = 96, 3072
+ROWS, KEYS = 48, 2048
 WORKSPACES = (16 * MIB, 64 * MIB, 512 * MIB)  # and the smallest that works, where fewest keys wait at a time
 REPEATS = 20
 NEG_INF = float("-inf")
