@@ -107,7 +107,7 @@ def test_the_lane_passes_and_names_what_it_checked() -> None:
 
 
 def test_the_smallest_workspace_folds_more_often_than_the_others() -> None:
-    g = IndexerGeometry(1, selection_parity.ROWS, selection_parity.KEYS, 32, 128, topk=1536)
+    g = IndexerGeometry(1, selection_parity.REPEATED_ROWS, selection_parity.REPEATED_KEYS, 32, 128, topk=512)
     assert g.selection(g.least_workspace()).chunk < g.sk <= g.selection(16 * MIB).chunk
 
 

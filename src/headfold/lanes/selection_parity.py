@@ -28,7 +28,9 @@ COLUMNS = (
     Column("note", "note"),
 )
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-ROWS, KEYS = 48, 2048
+ROWS, KEYS = 32, 1024
+# Enough of both that the smallest workspace selects several times where a larger one selects once.
+REPEATED_ROWS, REPEATED_KEYS = 64, 4096
 WORKSPACES = (16 * MIB, 64 * MIB, 512 * MIB)  # and the smallest that works, where fewest keys wait at a time
 REPEATS = 20
 NEG_INF = float("-inf")
@@ -49,8 +51,8 @@ def selection_parity(
             options: dict[str, Any] = {"scale": problem.scale, "impl": impl, **call}
             lane.rows += [_sets(name, tensors, topk, options), _order(name, tensors, topk, options)]
         lane.rows += _budget(tensors, topk, {"scale": problem.scale, "impl": impl, "keys": short})
-    tensors = _tensors(problem, device, getattr(torch, problem.geometry.dtype))
-    lane.rows.append(_bits(tensors, max(1, min(problem.geometry.topk, len(tensors[2]) // 2)), impl, track))
+    tensors = _tensors(problem, device, getattr(torch, problem.geometry.dtype), REPEATED_ROWS, REPEATED_KEYS)
+    lane.rows.append(_bits(tensors, max(1, min(problem.geometry.topk, len(tensors[2]) // 8)), impl, track))
     for name, call in track(list(gradcheck_cases(device).items()), "gradcheck of selected scores, float64"):
         lane.rows.append(_gradcheck(name, call, device, impl))
     lane.notes = [
@@ -61,14 +63,17 @@ def selection_parity(
         "a row runs out, equal to the last place.",
         "Budgets of selected scores: four of the eight orders are made of gathered keys, four are gathered from the "
         "score matrix. Short rows: the first sees half of topk keys, so it ends in -1.",
-        f"Tensors: {problem.source}; at most {ROWS} rows and {KEYS} keys of them, topk at most half of the keys.",
+        f"Tensors: {problem.source}; at most {ROWS} rows and {KEYS} keys of them, topk at most half of the keys; "
+        f"for the bits {REPEATED_ROWS} and {REPEATED_KEYS}, topk at most an eighth.",
     ]
     return lane
 
 
-def _tensors(problem: Problem, device: torch.device, dtype: torch.dtype) -> list[Tensor]:
+def _tensors(
+    problem: Problem, device: torch.device, dtype: torch.dtype, rows: int = ROWS, keys: int = KEYS
+) -> list[Tensor]:
     q, weights, k = problem.tensors(device, dtype)
-    return [q[-ROWS:], weights[-ROWS:], k[-KEYS:]]
+    return [q[-rows:], weights[-rows:], k[-keys:]]
 
 
 def _named(check: str, tensors: list[Tensor], result: str) -> Row:
