@@ -15,6 +15,8 @@ from headfold.backends.eager.scratch import Visible, blank, head, scatter_add, s
 from headfold.contract import compute_dtype
 from headfold.tiles import blocks
 
+# Rows that are summed in one chain into gradients of keys of so few channels (docs/design.md, "Narrow products").
+CHAIN, NARROW = 64, 16
 Span = tuple[int, int]
 # a, x and a factor: what aᵀ·x adds to the gradients of keys.
 Term = tuple[Tensor, Tensor, float]
@@ -133,6 +135,8 @@ class MaskedKeys:
         Made apart and then added: a product that adds to total goes on with its chain of sums, over all rows.
         """
         spread = head(self.spread, span[1] - span[0], total.shape[1])
-        for n, (a, x, factor) in enumerate(terms):
-            spread[:, : x.shape[2]].addmm_(a[0].t(), x[0], beta=min(n, 1), alpha=factor)
-        total[slice(*span)] += spread
+        for part in blocks(terms[0][0].shape[1], CHAIN if total.shape[1] <= NARROW else terms[0][0].shape[1]):
+            rows = slice(*part)
+            for n, (a, x, factor) in enumerate(terms):
+                spread[:, : x.shape[2]].addmm_(a[0, rows].t(), x[0, rows], beta=min(n, 1), alpha=factor)
+            total[slice(*span)] += spread
