@@ -123,7 +123,8 @@ class AttentionTile:
         """Gathered: picks as given, sorted and their order, marks, and a span uncast. Masked: entries and masks."""
         bounds = 40 * self.rows + 64
         if not self.gathered:
-            return self.rows * (8 * self.topk + 2 * self.width + 1) + 4 * self.width + bounds
+            marks = self.width * (2 + 2 * self.size) + 1
+            return self.rows * (8 * self.topk + marks) + 4 * self.width + bounds
         uncast = self.staged * self.widest * self.itemsize if self.itemsize < self.size else 0
         places = 8 * self.staged if self.width > self.span else 0
         sorting = (32 * self.rows if self.accelerator else 8) * self.width

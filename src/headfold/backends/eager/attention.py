@@ -56,11 +56,11 @@ def sparse_attention(
         for i in range(b):
             visible = Visible.of(i, key.shape[1], start, end, None, offset, ratio)
             for row in blocks(sq, tile.rows):
-                hidden = s.source.select(indices[i, slice(*row)], visible, row)
+                s.width = s.source.select(indices[i, slice(*row)], visible, row)
                 for j in range(key.shape[2]):
                     place = slice(*row), slice(j * tile.group, (j + 1) * tile.group)
                     k, v = key[i, :, j], key[i, :, j, :v_dim] if value is None else value[i, :, j]
-                    p, keys = s.probabilities(query[i][place], k, hidden, place[1], with_largest=with_lse)
+                    p, keys = s.probabilities(query[i][place], k, place[1], with_largest=with_lse)
                     if lse is not None:
                         lse[i, place[1], place[0]] = s.log_sum_exp(p).t()
                     acc = s.accumulator(v_dim)
@@ -104,7 +104,7 @@ def sparse_attention_backward(
                 for x, total in zip((dk, dv), totals, strict=True)
             ]
             for row in blocks(query.shape[1], tile.rows):
-                hidden = s.source.select(indices[i, slice(*row)], visible, row)
+                s.width = s.source.select(indices[i, slice(*row)], visible, row)
                 for j in range(key.shape[2]):
                     place = slice(*row), slice(j * tile.group, (j + 1) * tile.group)
                     k, v = key[i, :, j], None if value is None else value[i, :, j]
@@ -113,7 +113,6 @@ def sparse_attention_backward(
                         query[i][place],
                         k,
                         v,
-                        hidden,
                         place[1],
                         None if dq is None else dq[i][place],
                         *(None if x is None else x[j] for x in sums),
@@ -163,7 +162,7 @@ class _Slab:
         return self.matrices(acc if self.source.spans() else acc.zero_())
 
     def probabilities(
-        self, query: Tensor, key: Tensor, hidden: Tensor, heads: slice, *, with_largest: bool = False
+        self, query: Tensor, key: Tensor, heads: slice, *, with_largest: bool = False
     ) -> tuple[Tensor, Tensor | None]:
         """Return p [.., 1 + width] of query rows [rows, heads, dim], and the keys if one span holds them all.
 
@@ -171,12 +170,12 @@ class _Slab:
         """
         self.shape = query.shape
         self.q = self.matrices(head(self.query, *query.shape).copy_(query))
-        slab = head(self.logits, *query.shape[:2], 1 + hidden.shape[1])
+        slab = head(self.logits, *query.shape[:2], 1 + self.width)
         logits, spans, keys = self.matrices(slab), self.source.spans(), None
         for span in spans:
             keys = self.source.keys(key, span)
             product(self.q, keys.transpose(1, 2), logits[..., 1 + span[0] : 1 + span[1]], scale=self.scale)
-        slab[..., 1:].masked_fill_(hidden.unsqueeze(1), NEG_INF)
+        self.source.hide(slab[..., 1:])
         slab[..., 0] = self.sink[heads]
         if with_largest:
             torch.amax(slab, -1, out=head(self.largest, *query.shape[:2]))
@@ -206,7 +205,6 @@ class _BackwardSlab(_Slab):
         query: Tensor,
         key: Tensor,
         value: Tensor | None,
-        hidden: Tensor,
         heads: slice,
         dq: Tensor | None,
         dk: Tensor | None,
@@ -216,7 +214,7 @@ class _BackwardSlab(_Slab):
     ) -> None:
         """Write dq [rows, heads, dim] of one key head and add to its dk [sk, dim] and dv [sk, v_dim]."""
         source, v_dim, spans = self.source, self.tile.v_dim, self.source.spans()
-        p, keys = self.probabilities(query, key, hidden, heads)
+        p, keys = self.probabilities(query, key, heads)
         incoming = self.matrices(head(self.incoming, *g.shape).copy_(g))
         ds = head(self.dlogits, *p.shape)
         ds[..., 0] = 0

@@ -11,12 +11,14 @@ import torch
 from torch import Tensor
 
 from headfold.attention_tiles import AttentionTile
-from headfold.backends.eager.scratch import Visible, blank, head, scatter_add, stage
+from headfold.backends.eager.scratch import NEG_INF, Visible, blank, head, scatter_add, stage
 from headfold.contract import compute_dtype
 from headfold.tiles import blocks
 
 # Rows that are summed in one chain into gradients of keys of so few channels (docs/design.md, "Narrow products").
 CHAIN, NARROW = 64, 16
+# -inf in float32 and in float64.
+INFINITY_BITS = {torch.int32: -(1 << 23), torch.int64: -(1 << 52)}
 Span = tuple[int, int]
 # a, x and a factor: what aᵀ·x adds to the gradients of keys.
 Term = tuple[Tensor, Tensor, float]
@@ -38,8 +40,8 @@ class GatheredKeys:
         self.kept = torch.empty(tile.staged, dtype=dtype, device=device)
         self.place = torch.empty(tile.staged if tile.width > tile.span else 0, dtype=torch.int64, device=device)
 
-    def select(self, indices: Tensor, visible: Visible, row: Span) -> Tensor:
-        """Take the picks [rows, topk] of a block of rows and return hidden, bool [rows, width]."""
+    def select(self, indices: Tensor, visible: Visible, row: Span) -> int:
+        """Take the picks [rows, topk] of a block of rows and return the width of their slab."""
         shape = indices.shape[0], self.tile.width
         given = head(self.given, *shape).copy_(indices[:, : shape[1]])
         self.picked, order = head(self.sorted, *shape), head(self.order, *shape)
@@ -51,7 +53,11 @@ class GatheredKeys:
         again |= torch.eq(self.picked[:, 1:], self.picked[:, :-1], out=other[:, 1:])
         visible.hide(self.hidden, row, self.picked, None, other)
         self.picked.clamp_(min=0)
-        return self.hidden
+        return shape[1]
+
+    def hide(self, logits: Tensor) -> None:
+        """Write -inf into logits [rows, heads, width] where hidden."""
+        logits.masked_fill_(self.hidden.unsqueeze(1), NEG_INF)
 
     def spans(self) -> list[Span]:
         """Return the spans of the block of rows."""
@@ -99,12 +105,14 @@ class MaskedKeys:
         self.entries = torch.empty(tile.rows * tile.topk, dtype=torch.int64, device=device)
         self.mask = torch.empty(tile.rows * (tile.width + 1), dtype=torch.bool, device=device)
         self.other = torch.empty(tile.rows * tile.width, dtype=torch.bool, device=device)
+        self.bits = torch.int32 if tile.size == 4 else torch.int64
+        self.masks = torch.empty(2, tile.rows * tile.width, dtype=self.bits, device=device)
         self.key = torch.empty(tile.staged * tile.dim, dtype=dtype, device=device)
         self.value = torch.empty(tile.staged * tile.v_dim if tile.apart else 0, dtype=dtype, device=device)
         self.spread = torch.empty(tile.staged * tile.widest if backward else 0, dtype=dtype, device=device)
 
-    def select(self, indices: Tensor, visible: Visible, row: Span) -> Tensor:
-        """Write the picks [rows, topk] of a block of rows into a mask and return hidden, bool [rows, width].
+    def select(self, indices: Tensor, visible: Visible, row: Span) -> int:
+        """Write the picks [rows, topk] of a block of rows into a mask and return the width of their slab.
 
         -1 falls into a column before the keys. Duplicates write the same value, so their order is of no matter.
         """
@@ -115,7 +123,18 @@ class MaskedKeys:
         if visible.partial(row[0], self.width):
             t = torch.arange(self.width, device=indices.device, dtype=torch.int32)
             visible.hide(hidden, row, t, None, head(self.other, *hidden.shape))
-        return hidden
+        self.kept = head(self.masks[0], *hidden.shape).copy_(hidden).sub_(1)
+        self.infinite = torch.bitwise_not(self.kept, out=head(self.masks[1], *hidden.shape))
+        self.infinite.bitwise_and_(INFINITY_BITS[self.bits])
+        return self.width
+
+    def hide(self, logits: Tensor) -> None:
+        """Write -inf into logits [rows, heads, width] where hidden, whatever they held.
+
+        By their bits, seven times faster than filling under a boolean, which took longer than a product.
+        """
+        bits = logits.view(self.bits)
+        bits.bitwise_and_(self.kept.unsqueeze(1)).bitwise_or_(self.infinite.unsqueeze(1))
 
     def spans(self) -> list[Span]:
         """Return the spans of the block of rows."""
