@@ -16,12 +16,12 @@ _PRODUCT_ROWS = 256
 _ENTRIES_BYTES = 4 << 20
 # A gathered pick costs one key head as much as this many masked keys, and each query head that shares it as much as
 # so many more. Measured on two cores (docs/design.md, "Sparse attention gathers or masks").
-_PICK_COST = 48
-_HEAD_COST = 3
+_PICK_COST = 20
+_HEAD_COST = 2
 
 
 def gathers(sk: int, topk: int, heads: int, key_heads: int) -> bool:
-    """Whether picks are gathered: topk · np_k · (48 + 3 · np / np_k) <= sk · np. Else a slab of all keys is masked."""
+    """Whether picks are gathered: topk · np_k · (20 + 2 · np / np_k) <= sk · np. Else a slab of all keys is masked."""
     return topk * (_PICK_COST * key_heads + _HEAD_COST * heads) <= sk * heads
 
 

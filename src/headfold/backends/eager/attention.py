@@ -136,6 +136,7 @@ class _Slab:
         self.tile, self.scale = tile, scale
         self.dtype, self.device = compute_dtype(like.dtype), like.device
         self.lowest = torch.finfo(self.dtype).min
+        self.width = 0  # of the current slab, without the sink's column
         source = GatheredKeys if tile.gathered else MaskedKeys
         self.source = source(tile, like, backward=backward)
         count = tile.rows * tile.group
