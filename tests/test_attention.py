@@ -267,6 +267,8 @@ def test_duplicates_count_once_and_minus_one_not_at_all(gathered: bool) -> None:
     again = torch.tensor([[[4, 1, -1, 4, 2], [5, 5, 0, 5, 0]]])
     ours = [results(attended(case, leaves, indices, gathered), leaves, g) for indices in (once, again)]
     assert all(map(torch.equal, *ours))
+    alone = attended(case, leaves, once[:, :1, :3].expand(-1, 2, -1), gathered)
+    torch.testing.assert_close(ours[0][0][:, 0], alone.out[:, 0])
 
 
 @WALKS
