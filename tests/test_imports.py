@@ -15,10 +15,10 @@ ROOT = Path(headfold.__file__).parent
 FLOORS = [
     ["tiles", "bills"],
     ["geometry", "layout", "keyrange"],
-    ["contract", "presets"],
+    ["contract", "presets", "attention_tiles"],
     ["materialized", "backends"],
-    ["ops"],
-    ["scores", "selected", "selection", "selection_record", "mask"],
+    ["ops", "materialized_attention"],
+    ["scores", "attention", "selected", "selection", "selection_record", "mask"],
     ["reuse", "agreement"],
     ["lanes"],
     ["cli"],
@@ -89,7 +89,10 @@ print([name for name in extras if name in set(sys.modules) - before])
 
 
 def test_the_public_names_are_these() -> None:
-    public = "Agreement IndexReuse IndexerGeometry KeyRange ReuseSchedule SelectionRecord TopK UnsupportedError"
-    public += " __version__ index_mask index_scores index_topk selected_scores selection_agreement update_index_mask_"
+    public = (
+        "Agreement Attention IndexReuse IndexerGeometry KeyRange ReuseSchedule SelectionRecord TopK UnsupportedError"
+    )
+    public += " __version__ index_mask index_scores index_topk selected_scores selection_agreement sparse_attention"
+    public += " update_index_mask_"
     assert set(headfold.__all__) == set(public.split())
     assert (ROOT / "py.typed").exists()

@@ -1,6 +1,7 @@
 """headfold: the lightning indexer of DeepSeek Sparse Attention without the resident head axis."""
 
 from headfold.agreement import Agreement, selection_agreement
+from headfold.attention import Attention, sparse_attention
 from headfold.contract import UnsupportedError
 from headfold.geometry import IndexerGeometry
 from headfold.keyrange import KeyRange
@@ -15,6 +16,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "Agreement",
+    "Attention",
     "IndexReuse",
     "IndexerGeometry",
     "KeyRange",
@@ -28,5 +30,6 @@ __all__ = [
     "index_topk",
     "selected_scores",
     "selection_agreement",
+    "sparse_attention",
     "update_index_mask_",
 ]

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from headfold.keyrange import KeyRange
-from headfold.layout import AXES, LAYOUTS, batch_first
+from headfold.layout import ATTENTION_AXES, AXES, LAYOUTS, batch_first
 from headfold.tiles import DEFAULT_WORKSPACE
 
 if TYPE_CHECKING:
@@ -48,6 +48,37 @@ class ScoreCall(NamedTuple):
     def options(self) -> tuple[Tensor | None, Tensor | None, Tensor | None, int | None, int, bool, float]:
         """What follows the tensors in every op's schema: start, end, bias, offset, ratio, relu and scale."""
         return self.start, self.end, self.bias, self.offset, self.ratio, self.relu, self.scale
+
+
+class AttentionCall(NamedTuple):
+    """A checked call, batch-first: query [b, sq, np, hn], key [b, sk, np_k, hn], value [b, sk, np_k, v_dim] or None.
+
+    Without a value, values are the first v_dim channels of key. sink [np], indices [b, sq, topk], start and end
+    [1 or b, sq].
+    """
+
+    query: Tensor
+    key: Tensor
+    value: Tensor | None
+    sink: Tensor | None
+    indices: Tensor
+    start: Tensor | None
+    end: Tensor | None
+    offset: int | None
+    ratio: int
+    scale: float
+    v_dim: int
+    workspace: int
+
+    @property
+    def inputs(self) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+        """What is differentiated: query, key, value and sink."""
+        return self.query, self.key, self.value, self.sink
+
+    @property
+    def options(self) -> tuple[Tensor, Tensor | None, Tensor | None, int | None, int, float, int]:
+        """What follows the inputs in every op's schema: indices, start, end, offset, ratio, scale and v_dim."""
+        return self.indices, self.start, self.end, self.offset, self.ratio, self.scale, self.v_dim
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -279,3 +310,97 @@ def _bias(op: str, q: Tensor, sk: int, bias: Tensor | None) -> Tensor | None:
     if bias.requires_grad:
         raise ValueError(f"{op}: bias must not require grad, got one that does. It is never differentiated: detach it.")
     return bias
+
+
+def attention_call(
+    op: str,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor | None,
+    indices: Tensor,
+    *,
+    softmax_scale: float,
+    v_dim: int | None,
+    sink: Tensor | None,
+    causal: bool,
+    keys: KeyRange | None,
+    layout: str,
+    workspace: int | None,
+) -> AttentionCall:
+    """Check the arguments of sparse attention and return them batch-first, as views."""
+    one_of(op, "layout", layout, LAYOUTS)
+    if isinstance(softmax_scale, bool) or not isinstance(softmax_scale, (int, float)):
+        raise TypeError(f"{op}: softmax_scale must be a Python number, got {type(softmax_scale).__name__}.")
+    axes = ATTENTION_AXES[layout]
+    given = {"query": query, "key": key} if value is None else {"query": query, "key": key, "value": value}
+    for name, x in given.items():
+        floating(op, name, x)
+        rank(op, name, x, axes)
+        if x.dtype != query.dtype:
+            raise TypeError(f"{op}: {name} must have query's dtype {query.dtype}, got {x.dtype}. Cast one of them.")
+        if x is not query:
+            same_device(op, **{name: x, "query": query})
+    if layout == "thd" and keys is None:
+        raise ValueError(
+            f'{op}: layout "thd" needs keys=KeyRange.packed(...) to tell its sequences apart, got keys=None.'
+        )
+    query, key = batch_first(query, layout), batch_first(key, layout)
+    value = None if value is None else batch_first(value, layout)
+    (b, sq, heads, dim), (_, sk, key_heads, _) = query.shape, key.shape
+    if key.shape[0] != b:
+        raise ValueError(f"{op}: key must have query's batch size b = {b}, got {key.shape[0]}.")
+    if key.shape[3] != dim:
+        raise ValueError(f"{op}: key must have query's width hn = {dim}, got {key.shape[3]}.")
+    if heads < 1 or dim < 1:
+        raise ValueError(f"{op}: query needs at least one head and one channel, got np = {heads}, hn = {dim}.")
+    if key_heads < 1 or heads % key_heads:
+        raise ValueError(f"{op}: key must have a number of heads that divides query's np = {heads}, got {key_heads}.")
+    if value is not None and value.shape[:3] != key.shape[:3]:
+        raise ValueError(
+            f"{op}: value must have key's batch, keys and heads [{b}, {sk}, {key_heads}], got {list(value.shape[:3])}."
+        )
+    v_dim = _value_width(op, value, v_dim, dim)
+    if sink is not None:
+        floating(op, "sink", sink)
+        if sink.shape != (heads,):
+            raise ValueError(f"{op}: sink must be [np] = [{heads}], got {list(sink.shape)}.")
+        same_device(op, sink=sink, query=query)
+    key_indices(op, indices)
+    if indices.shape[:2] != (b, sq):
+        raise ValueError(f"{op}: indices must be [b, sq, topk] = [{b}, {sq}, topk], got {list(indices.shape)}.")
+    same_device(op, indices=indices, query=query)
+    if isinstance(keys, KeyRange):
+        for name, bound in (("keys.start", keys.start), ("keys.end", keys.end)):
+            if bound is not None:
+                same_device(op, **{name: bound, "query": query})
+    start, end, offset, ratio = _bounds(op, query, sk, causal, keys)
+    return AttentionCall(
+        query=query,
+        key=key,
+        value=value,
+        sink=sink,
+        indices=indices,
+        start=start,
+        end=end,
+        offset=offset,
+        ratio=ratio,
+        scale=float(softmax_scale),
+        v_dim=v_dim,
+        workspace=workspace_bytes(op, workspace),
+    )
+
+
+def _value_width(op: str, value: Tensor | None, v_dim: int | None, dim: int) -> int:
+    if v_dim is not None:
+        at_least(op, "v_dim", v_dim, 1)
+    if value is None:
+        if v_dim is None:
+            raise ValueError(f"{op}: value=None reads values from key and needs v_dim, their width, got v_dim=None.")
+        if v_dim > dim:
+            raise ValueError(f"{op}: v_dim must be at most key's width hn = {dim} with value=None, got {v_dim}.")
+        return v_dim
+    if value.shape[3] < 1:
+        raise ValueError(f"{op}: value needs at least one channel, got {value.shape[3]}.")
+    if v_dim is not None and v_dim != value.shape[3]:
+        raise ValueError(f"{op}: v_dim must be value's width {value.shape[3]} or None, got {v_dim}.")
+    return value.shape[3]

@@ -15,6 +15,8 @@ AXES = {
     "bshd": {"q": "[b, sq, h, d]", "weights": "[b, sq, h]", "k": "[b, sk, d]"},
     "thd": {"q": "[tq, h, d]", "weights": "[tq, h]", "k": "[tk, d]"},
 }
+# And those of the query, key and value of attention.
+ATTENTION_AXES = {"sbhd": "[s, b, np, hn]", "bshd": "[b, s, np, hn]", "thd": "[t, np, hn]"}
 
 
 def batch_first(x: Tensor, layout: str) -> Tensor:

@@ -18,14 +18,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from headfold import materialized
-from headfold.contract import ScoreCall, score_call
+from headfold import materialized, materialized_attention
+from headfold.attention import _attend
+from headfold.contract import AttentionCall, ScoreCall, attention_call, score_call
 from headfold.scores import index_scores
 from headfold.selected import selected_scores
 
 Inputs = Sequence[Tensor | None]
-# A row is one query of scores, dq and dweights, and one key of dk.
+Attend = Callable[[AttentionCall], tuple[Tensor, Tensor]]
+# A row is one query of scores, dq and dweights, and one key of dk; of attention one query or key with all its heads.
 ROW_AXES = {"scores": 1, "dq": 2, "dweights": 1, "dk": 1}
+ROW_AXES |= {"out": 2, "lse": 1, "dquery": 2, "dkey": 2, "dvalue": 2, "dsink": 1}
+ATTENTION_INPUTS = ("query", "key", "value", "sink")
 ORDERS = 8
 DEFAULTS: dict[str, Any] = {
     "causal": False,
@@ -34,6 +38,13 @@ DEFAULTS: dict[str, Any] = {
     "activation": "relu",
     "scale": 1.0,
     "layout": "sbhd",
+    "workspace": None,
+}
+ATTENTION_DEFAULTS: dict[str, Any] = {
+    "v_dim": None,
+    "causal": False,
+    "keys": None,
+    "layout": "bshd",
     "workspace": None,
 }
 
@@ -122,7 +133,41 @@ def spend_all(inputs: Inputs, g: Tensor, indices: Tensor | None = None, **call: 
         others = [partial(_reordered_at, indices, call, shuffle, gathered) for gathered in (True, False)]
     orders = [scorer(oracle), *(others * ORDERS)[: ORDERS - 1]]
     bases = [_scores_and_grads(order, inputs, g) for order in orders]
-    got = _scores_and_grads(scorer(call), inputs, g)
+    return _spend_each(_scores_and_grads(scorer(call), inputs, g), truth, bases)
+
+
+def spend_attention(
+    inputs: Inputs, g: Tensor, indices: Tensor, *, gathered: bool | None = None, **call: Any
+) -> dict[str, Spent]:
+    """Hold sparse attention to the budget, given query, key, value (or None) and sink (or None) in their dtype.
+
+    g: dL/dout, batch-first [b, sq, np, v_dim].   gathered: which walk, None as the shape says.   call: softmax_scale
+    and further arguments, layout bshd.
+    """
+    shuffle = torch.Generator(g.device).manual_seed(0)
+    options = {**ATTENTION_DEFAULTS, **call}
+
+    def run(attend: Attend, inputs: Inputs) -> dict[str, Tensor]:
+        leaves = [None if x is None else x.detach().requires_grad_() for x in inputs]
+        query, key, value, sink = leaves
+        assert query is not None
+        assert key is not None
+        out, lse = attend(attention_call("budget", query, key, value, indices, sink=sink, **options))
+        present = {f"d{name}": x for name, x in zip(ATTENTION_INPUTS, leaves, strict=True) if x is not None}
+        grads = torch.autograd.grad(out, list(present.values()), g.to(out.dtype))
+        named = dict(zip(present, grads, strict=True))
+        return {"out": out.detach(), "lse": lse.detach().transpose(1, 2), **named}
+
+    truth = run(materialized_attention.sparse_attention, [x if x is None else x.double() for x in inputs])
+    bases = [run(materialized_attention.sparse_attention, inputs)]
+    shuffled = partial(materialized_attention.reordered, generator=shuffle)
+    bases += [run(shuffled, inputs) for _ in range(ORDERS - 1)]
+    return _spend_each(run(partial(_attend, with_lse=True, gathered=gathered), inputs), truth, bases)
+
+
+def _spend_each(
+    got: dict[str, Tensor], truth: dict[str, Tensor], bases: Sequence[dict[str, Tensor]]
+) -> dict[str, Spent]:
     return {name: spend(got[name], truth[name], [base[name] for base in bases], ROW_AXES[name]) for name in got}
 
 

@@ -4,16 +4,21 @@ Ops take batch-first views and plain values, so that records stay out of schemas
 undecorated functions of the backend; nothing is computed here.
 """
 
+from headfold.ops.attention import sparse_attention, sparse_attention_backward
+from headfold.ops.expanded import heads_once
 from headfold.ops.scores import index_scores, index_scores_backward
 from headfold.ops.selected import selected_scores, selected_scores_backward
 from headfold.ops.selection import index_mask, index_topk, update_index_mask_
 
 __all__ = [
+    "heads_once",
     "index_mask",
     "index_scores",
     "index_scores_backward",
     "index_topk",
     "selected_scores",
     "selected_scores_backward",
+    "sparse_attention",
+    "sparse_attention_backward",
     "update_index_mask_",
 ]

@@ -27,20 +27,24 @@ def gradients_like(
     return dq, dweights, dk
 
 
-def differentiable_once(name: str, op: Any, backward: Any, tensors: int) -> None:
-    """Register autograd of an op whose first three of `tensors` leading arguments are q, weights and k.
+def differentiable_once(name: str, op: Any, backward: Any, tensors: int, inputs: int = 3) -> None:
+    """Register autograd of an op whose first `inputs` of `tensors` leading arguments are differentiated.
 
-    Its backward op takes g, the op's own arguments, and which of the three gradients are needed.
+    Its backward op takes g, the gradient of the op's first or only result, the op's own arguments, and which of the
+    gradients are needed. Further results are not differentiated.
     """
 
     def save(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        ctx.set_materialize_grads(False)
         ctx.save_for_backward(*inputs[:tensors])
         ctx.rest = inputs[tensors:]
 
-    def differentiate(ctx: Any, g: Tensor) -> tuple[Any, ...]:
-        needs = ctx.needs_input_grad[:3]
+    def differentiate(ctx: Any, g: Tensor | None, *_: Any) -> tuple[Any, ...]:
+        needs = ctx.needs_input_grad[:inputs]
+        if g is None:
+            return (None,) * len(ctx.needs_input_grad)
         grads = backward(g, *ctx.saved_tensors, *ctx.rest, *needs)
-        others = tensors - 3 + len(ctx.rest)
+        others = tensors - inputs + len(ctx.rest)
         return (*(grad if need else None for grad, need in zip(grads, needs, strict=True)), *[None] * others)
 
     def refuse(ctx: Any, *grads: Any) -> NoReturn:
