@@ -4,6 +4,7 @@ from headfold.agreement import Agreement, selection_agreement
 from headfold.contract import UnsupportedError
 from headfold.geometry import IndexerGeometry
 from headfold.keyrange import KeyRange
+from headfold.loss import IndexerLoss, indexer_loss
 from headfold.mask import index_mask, update_index_mask_
 from headfold.reuse import IndexReuse, ReuseSchedule
 from headfold.scores import index_scores
@@ -17,6 +18,7 @@ __all__ = [
     "Agreement",
     "IndexReuse",
     "IndexerGeometry",
+    "IndexerLoss",
     "KeyRange",
     "ReuseSchedule",
     "SelectionRecord",
@@ -26,6 +28,7 @@ __all__ = [
     "index_mask",
     "index_scores",
     "index_topk",
+    "indexer_loss",
     "selected_scores",
     "selection_agreement",
     "update_index_mask_",

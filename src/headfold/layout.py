@@ -15,6 +15,12 @@ AXES = {
     "bshd": {"q": "[b, sq, h, d]", "weights": "[b, sq, h]", "k": "[b, sk, d]"},
     "thd": {"q": "[tq, h, d]", "weights": "[tq, h]", "k": "[tk, d]"},
 }
+# The same of the attention that the indexer serves.
+ATTENTION_AXES = {
+    "sbhd": {"query": "[sq, b, np, hn]", "key": "[sk, b, np_k, hn]"},
+    "bshd": {"query": "[b, sq, np, hn]", "key": "[b, sk, np_k, hn]"},
+    "thd": {"query": "[tq, np, hn]", "key": "[tk, np_k, hn]"},
+}
 
 
 def batch_first(x: Tensor, layout: str) -> Tensor:

@@ -4,6 +4,7 @@ Ops take batch-first views and plain values, so that records stay out of schemas
 undecorated functions of the backend; nothing is computed here.
 """
 
+from headfold.ops.loss import indexer_loss, indexer_loss_backward, indexer_loss_in_group
 from headfold.ops.scores import index_scores, index_scores_backward
 from headfold.ops.selected import selected_scores, selected_scores_backward
 from headfold.ops.selection import index_mask, index_topk, update_index_mask_
@@ -13,6 +14,9 @@ __all__ = [
     "index_scores",
     "index_scores_backward",
     "index_topk",
+    "indexer_loss",
+    "indexer_loss_backward",
+    "indexer_loss_in_group",
     "selected_scores",
     "selected_scores_backward",
     "update_index_mask_",
