@@ -152,9 +152,9 @@ def test_a_row_is_what_the_definition_says(impl: str, sparse: bool) -> None:
             p = mass[t] / sum(mass.values())
             total += p * (math.log(p) - math.log(math.exp(score[t]) / norm))
     got = loss_of(inputs, beside, topk=topk, sparse=sparse, impl=impl, **case.call())
-    assert float(got.loss) == pytest.approx(total / 6, rel=1e-12)
+    assert float(got.loss.detach()) == pytest.approx(total / 6, rel=1e-12)
     summed = loss_of(inputs, beside, topk=topk, sparse=sparse, impl=impl, reduction="sum", **case.call())
-    assert float(summed.loss) == pytest.approx(total, rel=1e-12)
+    assert float(summed.loss.detach()) == pytest.approx(total, rel=1e-12)
 
 
 @pytest.mark.parametrize("visible", ["all", "causal", "ragged", "bias"])
@@ -338,6 +338,30 @@ def test_a_row_that_does_not_count_may_hold_anything_in_its_query() -> None:
     assert all(map(torch.equal, with_gradients(inputs, [query, key], row_mask=mask), clean))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_probabilities_that_underflow_add_nothing(dtype: torch.dtype) -> None:
+    case = Case(20, 21, h=3, d=8, scale=40.0)  # both the teacher's and the student's
+    inputs, beside = leaves(case, dtype), attention(case, dtype=dtype)
+    call = {"scale": case.scale, "causal": True, "softmax_scale": 400.0}
+    ours = with_gradients(inputs, beside, **call)
+    wide = [x.double() for x in inputs], [x.double() for x in beside]
+    assert_near(ours, with_gradients(*wide, impl="materialized", **call), 1e-11 if dtype == torch.float64 else 1e-4)
+
+
+def test_keys_beyond_the_static_bound_are_not_visited(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[int] = []
+    fill = teacher.Teacher.fill
+
+    def watched(self: teacher.Teacher, mass: Tensor, *args: Any) -> None:
+        seen.append(mass.shape[1])
+        fill(self, mass, *args)
+
+    monkeypatch.setattr(teacher.Teacher, "fill", watched)
+    case = Case(200, 200, h=32, d=8)
+    loss_of(leaves(case), attention(case), keys=KeyRange(offset=-64))
+    assert seen == [64, 128, 136]  # of slabs of 64 rows; the first is skipped
+
+
 def test_a_nan_score_is_a_nan_loss() -> None:
     case = Case(9, 11)
     inputs = leaves(case)
@@ -387,7 +411,7 @@ def test_only_the_three_gradients_are_held(dtype: torch.dtype) -> None:
     gradients = sum(x.numel() for x in inputs) * size
     assert forward.left == gradients + size
     backward = allocator_peak(lambda: torch.autograd.grad(forward.result, inputs), CPU)
-    assert backward.peak - nbytes(*inputs) <= (SMALL_CHANGE if size > dtype.itemsize else 0)
+    assert backward.peak - nbytes(*inputs) - size <= (SMALL_CHANGE if size > dtype.itemsize else 0)
 
 
 @pytest.mark.parametrize("quiet", [torch.no_grad, torch.inference_mode])
@@ -507,7 +531,7 @@ def test_zero_length_axes(sizes: tuple[int, int], b: int, impl: str, reduction: 
     case = Case(*sizes, b=b, h=2, d=3)
     inputs, beside = leaves(case), attention(case)
     result = loss_of(inputs, beside, topk=3, sparse=True, reduction=reduction, impl=impl)
-    assert float(result.loss) == 0
+    assert float(result.loss.detach()) == 0
     assert result.indices is not None
     assert result.indices.shape == (b, sizes[0], 3)
     assert (result.indices == -1).all()
@@ -569,6 +593,17 @@ def test_compiles_with_fullgraph_and_gives_the_same_bits(visible: str) -> None:
     assert torch.equal(compiled.indices, expected.indices)
     grads = torch.autograd.grad(expected.loss, inputs, torch.tensor(2.0))
     assert all(map(torch.equal, torch.autograd.grad(compiled.loss, inputs, torch.tensor(2.0)), grads))
+
+
+def test_compiles_with_dynamic_shapes() -> None:
+    torch._dynamo.reset()
+    compiled = torch.compile(loss_of, fullgraph=True, dynamic=True, backend="aot_eager")
+    for n in (9, 14):
+        case = Case(n, n + 3, b=2, h=3, d=4)
+        inputs, beside = leaves(case), attention(case)
+        loss = compiled(inputs, beside, causal=True, topk=4).loss
+        expected = with_gradients(inputs, beside, causal=True, topk=4)
+        assert all(map(torch.equal, [loss, *torch.autograd.grad(loss, inputs)], expected))
 
 
 @pytest.mark.filterwarnings("ignore:.torch.jit.script:DeprecationWarning")  # inductor's own imports
