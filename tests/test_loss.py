@@ -76,8 +76,8 @@ def assert_near(ours: list[Tensor], truth: list[Tensor], tolerance: float) -> No
 
 
 def plan_of(inputs: list[Tensor], beside: list[Tensor], topk: int | None = None) -> LossTile:
-    q, _, k = (x.transpose(0, 1) for x in inputs)
-    return eager.loss_plan(q, k, *(x.transpose(0, 1) for x in beside), True, topk)
+    q, _, k, query, key = (x.transpose(0, 1) for x in (*inputs, *beside))
+    return eager.loss_plan(q, k, query, key, True, topk)
 
 
 def nbytes(*tensors: Tensor | None) -> int:
@@ -110,7 +110,7 @@ def test_every_combination_agrees_with_full_tensors_under_autograd(
     [
         Case(131, 1603, h=32, d=16, visible="causal"),
         Case(40, 900, h=64, d=16, visible="bias"),
-        Case(9, 20_000, h=2, d=8),
+        Case(9, 5000, h=2, d=8, scale=0.25),
         Case(150, 150, h=2, d=8, visible="causal"),  # few heads: zeros tie at the cut
     ],
     ids=str,
@@ -296,12 +296,13 @@ def test_rows_without_support_add_nothing_and_no_nan(how: str, support: str, red
     call: dict[str, Any] = {"reduction": reduction, "topk": 5, "sparse": support == "sparse"}
     bias = torch.zeros(2, 70, 31)
     bias[:, :66] = NEG_INF
-    call |= {
+    ways: dict[str, dict[str, Any]] = {
         "range": {"keys": KeyRange(end=torch.where(torch.arange(70) < 66, 0, 31).int())},
         "static": {"keys": KeyRange(offset=-67)},
         "bias": {"bias": bias},
         "topk": {"topk": 0, "sparse": True},
-    }[how]
+    }
+    call |= ways[how]
     loss, dq, dweights, dk = with_gradients(inputs, beside, **call)
     seen = {"range": 66, "static": 67, "bias": 66, "topk": 70}[how]
     assert all(x.isfinite().all() for x in (loss, dq, dweights, dk))
@@ -324,7 +325,7 @@ def test_rows_without_support_add_nothing_and_no_nan(how: str, support: str, red
 @pytest.mark.parametrize("impl", ["eager", "materialized"])
 def test_with_no_row_that_counts_the_loss_is_zero(reduction: str, impl: str) -> None:
     case = Case(9, 11, b=2)
-    call = {"row_mask": torch.zeros(2, 9, dtype=torch.bool), "reduction": reduction, "impl": impl}
+    call: dict[str, Any] = {"row_mask": torch.zeros(2, 9, dtype=torch.bool), "reduction": reduction, "impl": impl}
     assert all((x == 0).all() for x in with_gradients(leaves(case), attention(case), **call))
 
 
@@ -342,7 +343,7 @@ def test_a_row_that_does_not_count_may_hold_anything_in_its_query() -> None:
 def test_probabilities_that_underflow_add_nothing(dtype: torch.dtype) -> None:
     case = Case(20, 21, h=3, d=8, scale=40.0)  # both the teacher's and the student's
     inputs, beside = leaves(case, dtype), attention(case, dtype=dtype)
-    call = {"scale": case.scale, "causal": True, "softmax_scale": 400.0}
+    call: dict[str, Any] = {"scale": case.scale, "causal": True, "softmax_scale": 400.0}
     ours = with_gradients(inputs, beside, **call)
     wide = [x.double() for x in inputs], [x.double() for x in beside]
     assert_near(ours, with_gradients(*wide, impl="materialized", **call), 1e-11 if dtype == torch.float64 else 1e-4)
@@ -460,9 +461,9 @@ def test_query_and_key_receive_no_gradient() -> None:
 
 SIZES = [
     Case(200, 300, b=2, h=16, d=32),
-    Case(300, 1100, b=2, h=32, d=64, visible="causal"),
+    Case(130, 800, b=2, h=32, d=32, visible="causal"),
     Case(70, 900, h=32, d=128, visible="bias"),
-    Case(5, 30_000, h=4, d=16, visible="ragged"),
+    Case(5, 20_000, h=4, d=16, visible="ragged"),
     Case(90, 90, h=8, d=8, visible="ragged"),
 ]
 
@@ -510,9 +511,9 @@ def test_nothing_of_the_size_of_rows_times_keys_exists(sparse: bool) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_bits_do_not_depend_on_the_run_or_the_workspace(dtype: torch.dtype) -> None:
-    case = Case(130, 1500, h=32, d=16, visible="causal")
+    case = Case(130, 900, h=32, d=16, visible="causal")
     inputs, beside = leaves(case, dtype), attention(case, dtype=dtype)
-    call = {"causal": True, "topk": 100, "sparse": True}
+    call: dict[str, Any] = {"causal": True, "topk": 100, "sparse": True}
     expected = with_gradients(inputs, beside, **call)
     least = plan_of(inputs, beside, 100).backward_bytes
     for workspace in (least, 48 * MIB, 512 * MIB, None):
@@ -545,7 +546,8 @@ def op_arguments(case: Case, *, grad: bool, topk: int | None = None, dtype: torc
     assert q is not None
     assert k is not None
     call = score_call("test", q, weights, k, **{**DEFAULTS, **case.call()})
-    query, key = attention_of("test", *attention(case, dtype=dtype), call, "sbhd")
+    query, key = attention(case, dtype=dtype)
+    query, key = attention_of("test", query, key, call, "sbhd")
     inputs = [x.detach().requires_grad_(grad) for x in (call.q, call.weights, call.k) if x is not None]
     ranges = call.start, call.end, call.bias, some_rows(case), call.offset, call.ratio, call.relu, call.scale
     return (*inputs, query, key, *ranges, SOFTMAX_SCALE, topk, topk is not None, True)
@@ -574,7 +576,7 @@ def test_the_undecorated_bodies_read_no_data(visible: str, topk: int | None, dty
     case = Case(70, 61, b=2, h=32, d=8, visible=visible)
     arguments = op_arguments(case, grad=False, topk=topk, dtype=dtype)
     with no_data_reads():
-        loss, _, *gradients = eager.indexer_loss(*arguments, (True, True, True), lambda x: None)
+        loss, _, *gradients = eager.indexer_loss(*arguments, needs=(True, True, True), reduce=lambda x: None)
         for gradient in gradients:
             assert gradient is not None
             eager.scaled(loss, gradient, dtype)
@@ -590,6 +592,7 @@ def test_compiles_with_fullgraph_and_gives_the_same_bits(visible: str) -> None:
     compiled = torch.compile(loss_of, fullgraph=True, backend="aot_eager")(inputs, beside, **call)
     assert torch.equal(compiled.loss, expected.loss)
     assert expected.indices is not None
+    assert compiled.indices is not None
     assert torch.equal(compiled.indices, expected.indices)
     grads = torch.autograd.grad(expected.loss, inputs, torch.tensor(2.0))
     assert all(map(torch.equal, torch.autograd.grad(compiled.loss, inputs, torch.tensor(2.0)), grads))

@@ -14,7 +14,7 @@ from headfold.tiles import MIB, Selection, Tile
 _SLAB_BYTES = 5 * MIB
 # Staged attention keys of one product, for inputs that need a cast.
 _KEYS_BYTES = MIB
-# The logits of the attention heads that one product makes together, where heads share their keys.
+# The queries, and the logits, of the attention heads that one product takes together, where heads share their keys.
 _SHARED_BYTES = 2 * MIB
 
 
@@ -62,7 +62,7 @@ class LossTile:
         while slab.slab_bytes > _SLAB_BYTES and slab.tile.rows > 1:
             slab = slab._with_tile(slab.tile.with_rows(slab.tile.rows // 2, sk))
         rows = slab.tile.rows
-        heads = max(1, min(np // np_k, _SHARED_BYTES // max(1, rows * sk * tile.size)))
+        heads = max(1, min(np // np_k, _SHARED_BYTES // (rows * max(sk, hn) * tile.size)))
         return replace(slab, heads=heads, slabs=b * -(-sq // rows))
 
     def _with_tile(self, tile: Tile) -> LossTile:

@@ -48,6 +48,7 @@ def indexer_loss(
     topk: int | None,
     sparse: bool,
     mean: bool,
+    *,
     needs: tuple[bool, bool, bool],
     reduce: Reduce | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
