@@ -11,7 +11,7 @@ from headfold.tiles import MIB, Selection, Tile
 
 # What a slab keeps of its keys: scores, attention mass, one head's logits, marks, candidates. Beside a tile at h=32,
 # d=128 it has to fit 16 MiB.
-_SLAB_BYTES = 5 * MIB
+_SLAB_BYTES = 9 * MIB // 2
 # Staged attention keys of one product, for inputs that need a cast.
 _KEYS_BYTES = MIB
 # The queries, and the logits, of the attention heads that one product takes together, where heads share their keys.
@@ -63,7 +63,10 @@ class LossTile:
             slab = slab._with_tile(slab.tile.with_rows(slab.tile.rows // 2, sk))
         rows = slab.tile.rows
         heads = max(1, min(np // np_k, _SHARED_BYTES // (rows * max(sk, hn) * tile.size)))
-        return replace(slab, heads=heads, slabs=b * -(-sq // rows))
+        slab = replace(slab, heads=heads, slabs=b * -(-sq // rows))
+        while slab.slab_bytes > _SLAB_BYTES and slab.heads > 1:
+            slab = replace(slab, heads=slab.heads // 2)
+        return slab
 
     def _with_tile(self, tile: Tile) -> LossTile:
         selection = self.selection
