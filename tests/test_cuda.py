@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from cases import CASES, Case
-from headfold import index_mask, index_scores, index_topk, selected_scores, update_index_mask_
+from headfold import index_mask, index_scores, index_topk, indexer_loss, selected_scores, update_index_mask_
 from headfold.lanes.budget import spend_all
 from headfold.lanes.measure import allocator_peak
 from headfold.lanes.problem import Problem
@@ -100,6 +100,32 @@ def test_twenty_runs_give_the_same_bits(dtype: torch.dtype) -> None:
     expected = run()
     for _ in range(20):
         assert all(torch.equal(x.nan_to_num(), y.nan_to_num()) for x, y in zip(run(), expected, strict=True))
+
+
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode:UserWarning")
+@pytest.mark.parametrize("sparse", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_the_loss_agrees_with_full_tensors_waits_for_nothing_and_repeats_its_bits(
+    dtype: torch.dtype, sparse: bool
+) -> None:
+    inputs = on_device(Case(200, 3000, b=2, h=8, d=32), dtype, grad=True)
+    query, key = (torch.randn(n, 2, 4, 64, device="cuda", dtype=dtype) for n in (200, 3000))
+    rows = torch.rand(2, 200, device="cuda") < 0.6
+    call: dict[str, Any] = {"softmax_scale": 0.1, "topk": 100, "sparse": sparse, "row_mask": rows, "causal": True}
+
+    def run(impl: str = "eager") -> list[Tensor]:
+        x = inputs if impl == "eager" else [x.detach().double().requires_grad_() for x in inputs]
+        q, weights, k = x
+        attention = query.to(q.dtype), key.to(q.dtype)
+        loss = indexer_loss(q, weights, k, *attention, impl=impl, **call).loss
+        return [loss.detach(), *torch.autograd.grad(loss, x)]
+
+    run()
+    with syncs_raise():
+        ours = run()
+    assert all(map(torch.equal, run(), ours))
+    for x, y in zip(ours, run("materialized"), strict=True):
+        assert (x - y).abs().max() <= (1e-11 if dtype == torch.float64 else 5e-6) * y.abs().max()
 
 
 SHAPES = [

@@ -14,11 +14,11 @@ ROOT = Path(headfold.__file__).parent
 # one package.
 FLOORS = [
     ["tiles", "bills"],
-    ["geometry", "layout", "keyrange"],
-    ["contract", "presets", "attention_tiles"],
+    ["geometry", "layout", "keyrange", "loss_tiles"],
+    ["contract", "presets", "attention_tiles", "parallel"],
     ["materialized", "backends"],
-    ["ops", "materialized_attention"],
-    ["scores", "attention", "selected", "selection", "selection_record", "mask"],
+    ["ops", "materialized_attention", "materialized_loss"],
+    ["scores", "attention", "selected", "loss", "selection", "selection_record", "mask"],
     ["reuse", "agreement"],
     ["lanes"],
     ["cli"],
@@ -89,10 +89,8 @@ print([name for name in extras if name in set(sys.modules) - before])
 
 
 def test_the_public_names_are_these() -> None:
-    public = (
-        "Agreement Attention IndexReuse IndexerGeometry KeyRange ReuseSchedule SelectionRecord TopK UnsupportedError"
-    )
-    public += " __version__ index_mask index_scores index_topk selected_scores selection_agreement sparse_attention"
-    public += " update_index_mask_"
+    public = "Agreement Attention IndexReuse IndexerGeometry IndexerLoss KeyRange ReuseSchedule SelectionRecord TopK"
+    public += " UnsupportedError __version__ index_mask index_scores index_topk indexer_loss selected_scores"
+    public += " selection_agreement sparse_attention update_index_mask_"
     assert set(headfold.__all__) == set(public.split())
     assert (ROOT / "py.typed").exists()

@@ -5,6 +5,7 @@ from headfold.attention import Attention, sparse_attention
 from headfold.contract import UnsupportedError
 from headfold.geometry import IndexerGeometry
 from headfold.keyrange import KeyRange
+from headfold.loss import IndexerLoss, indexer_loss
 from headfold.mask import index_mask, update_index_mask_
 from headfold.reuse import IndexReuse, ReuseSchedule
 from headfold.scores import index_scores
@@ -19,6 +20,7 @@ __all__ = [
     "Attention",
     "IndexReuse",
     "IndexerGeometry",
+    "IndexerLoss",
     "KeyRange",
     "ReuseSchedule",
     "SelectionRecord",
@@ -28,6 +30,7 @@ __all__ = [
     "index_mask",
     "index_scores",
     "index_topk",
+    "indexer_loss",
     "selected_scores",
     "selection_agreement",
     "sparse_attention",

@@ -103,8 +103,7 @@ def score_call(
     """Check the arguments that every scoring op shares and return them batch-first, as views."""
     one_of(op, "layout", layout, LAYOUTS)
     one_of(op, "activation", activation, ACTIVATIONS)
-    if isinstance(scale, bool) or not isinstance(scale, (int, float)):
-        raise TypeError(f"{op}: scale must be a Python number, got {type(scale).__name__}.")
+    number(op, "scale", scale)
     axes = AXES[layout]
     floating(op, "q", q)
     floating(op, "k", k)
@@ -149,6 +148,53 @@ def score_call(
         scale=float(scale),
         workspace=workspace_bytes(op, workspace),
     )
+
+
+def attention_of(op: str, query: Tensor, key: Tensor, call: ScoreCall, layout: str) -> tuple[Tensor, Tensor]:
+    """Check the attention beside a call; return query [b, sq, np, hn] and key [b, sk, np_k, hn], detached views.
+
+    A head axis that was expanded from one head, stride 0, becomes that one head.
+    """
+    axes = ATTENTION_AXES[layout]
+    for name, x in (("query", query), ("key", key)):
+        floating(op, name, x)
+        rank(op, name, x, axes[name])
+        same_device(op, **{name: x, "q": call.q})
+    if key.dtype != query.dtype:
+        raise TypeError(f"{op}: key must have query's dtype {query.dtype}, got {key.dtype}. Cast one of them.")
+    query, key = batch_first(query.detach(), layout), batch_first(key.detach(), layout)
+    for name, x, other, like in (("query", query, "q", call.q), ("key", key, "k", call.k)):
+        if x.shape[:2] != like.shape[:2]:
+            raise ValueError(
+                f"{op}: {name} must have {other}'s batch and length {list(like.shape[:2])}, got {list(x.shape[:2])}."
+            )
+    (np, hn), (np_k, width) = query.shape[2:], key.shape[2:]
+    if np < 1 or hn < 1 or np_k < 1:
+        raise ValueError(f"{op}: query and key need at least one head and one channel, got {np} x {hn} and {np_k}.")
+    if width != hn:
+        raise ValueError(f"{op}: key must have query's width hn = {hn}, got {width}.")
+    if np % np_k != 0:
+        raise ValueError(f"{op}: query's heads must be a multiple of key's, got np = {np}, np_k = {np_k}.")
+    return query, key[:, :, :1] if np_k > 1 and key.stride(2) == 0 else key
+
+
+def rows_of(op: str, row_mask: Tensor | None, q: Tensor) -> None:
+    """Refuse what is not a bool [b, sq] that says which rows of batch-first q count."""
+    if row_mask is None:
+        return
+    if not isinstance(row_mask, Tensor):
+        raise TypeError(f"{op}: row_mask must be a tensor or None, got {type(row_mask).__name__}.")
+    if row_mask.dtype != torch.bool:
+        raise TypeError(f"{op}: row_mask must be bool, got {row_mask.dtype}.")
+    if row_mask.shape != q.shape[:2]:
+        raise ValueError(f"{op}: row_mask must be [b, sq] = {list(q.shape[:2])}, got {list(row_mask.shape)}.")
+    same_device(op, row_mask=row_mask, q=q)
+
+
+def number(op: str, name: str, value: object) -> None:
+    """Refuse what is not a Python number."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{op}: {name} must be a Python number, got {type(value).__name__}.")
 
 
 def key_indices(op: str, indices: object) -> None:
@@ -329,13 +375,12 @@ def attention_call(
 ) -> AttentionCall:
     """Check the arguments of sparse attention and return them batch-first, as views."""
     one_of(op, "layout", layout, LAYOUTS)
-    if isinstance(softmax_scale, bool) or not isinstance(softmax_scale, (int, float)):
-        raise TypeError(f"{op}: softmax_scale must be a Python number, got {type(softmax_scale).__name__}.")
+    number(op, "softmax_scale", softmax_scale)
     axes = ATTENTION_AXES[layout]
     given = {"query": query, "key": key} if value is None else {"query": query, "key": key, "value": value}
     for name, x in given.items():
         floating(op, name, x)
-        rank(op, name, x, axes)
+        rank(op, name, x, axes[name])
         if x.dtype != query.dtype:
             raise TypeError(f"{op}: {name} must have query's dtype {query.dtype}, got {x.dtype}. Cast one of them.")
         if x is not query:
@@ -346,7 +391,7 @@ def attention_call(
         )
     query, key = batch_first(query, layout), batch_first(key, layout)
     value = None if value is None else batch_first(value, layout)
-    (b, sq, heads, dim), (_, sk, key_heads, _) = query.shape, key.shape
+    (b, _, heads, dim), (_, sk, key_heads, _) = query.shape, key.shape
     if key.shape[0] != b:
         raise ValueError(f"{op}: key must have query's batch size b = {b}, got {key.shape[0]}.")
     if key.shape[3] != dim:
@@ -365,10 +410,7 @@ def attention_call(
         if sink.shape != (heads,):
             raise ValueError(f"{op}: sink must be [np] = [{heads}], got {list(sink.shape)}.")
         same_device(op, sink=sink, query=query)
-    key_indices(op, indices)
-    if indices.shape[:2] != (b, sq):
-        raise ValueError(f"{op}: indices must be [b, sq, topk] = [{b}, {sq}, topk], got {list(indices.shape)}.")
-    same_device(op, indices=indices, query=query)
+    indices_for(op, indices, query)
     if isinstance(keys, KeyRange):
         for name, bound in (("keys.start", keys.start), ("keys.end", keys.end)):
             if bound is not None:

@@ -15,8 +15,12 @@ AXES = {
     "bshd": {"q": "[b, sq, h, d]", "weights": "[b, sq, h]", "k": "[b, sk, d]"},
     "thd": {"q": "[tq, h, d]", "weights": "[tq, h]", "k": "[tk, d]"},
 }
-# And those of the query, key and value of attention.
-ATTENTION_AXES = {"sbhd": "[s, b, np, hn]", "bshd": "[b, s, np, hn]", "thd": "[t, np, hn]"}
+# The same of the attention that the indexer serves.
+ATTENTION_AXES = {
+    "sbhd": {"query": "[sq, b, np, hn]", "key": "[sk, b, np_k, hn]", "value": "[sk, b, np_k, v_dim]"},
+    "bshd": {"query": "[b, sq, np, hn]", "key": "[b, sk, np_k, hn]", "value": "[b, sk, np_k, v_dim]"},
+    "thd": {"query": "[tq, np, hn]", "key": "[tk, np_k, hn]", "value": "[tk, np_k, v_dim]"},
+}
 
 
 def batch_first(x: Tensor, layout: str) -> Tensor:

@@ -44,11 +44,17 @@ def index_scores(call: ScoreCall) -> Tensor:
 
 def index_topk(call: ScoreCall, topk: int, with_scores: bool, index_dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
     """Indices [b, sq, topk] by a stable sort of the whole score matrix, and their scores if asked for."""
-    best, indices = torch.sort(index_scores(call) + 0.0, dim=-1, descending=True, stable=True)
+    indices, best = best_of(index_scores(call), topk, index_dtype)
+    return indices, best if with_scores else None
+
+
+def best_of(scores: Tensor, topk: int, index_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Indices and scores [b, sq, topk] of the best keys of scores [b, sq, sk]; -1 and -inf where a row runs out."""
+    best, indices = torch.sort(scores + 0.0, dim=-1, descending=True, stable=True)
     best = torch.nn.functional.pad(best[..., :topk], (0, max(0, topk - best.shape[-1])), value=float("-inf"))
     indices = torch.nn.functional.pad(indices[..., :topk], (0, max(0, topk - indices.shape[-1])), value=-1)
     indices = indices.masked_fill(best == float("-inf"), -1)
-    return indices.to(index_dtype), best if with_scores else None
+    return indices.to(index_dtype), best
 
 
 def selected_scores(call: ScoreCall, indices: Tensor) -> Tensor:

@@ -52,10 +52,14 @@ class Tile:
     def of(cls, sq: int, sk: int, h: int, d: int, size: int, *, relu: bool = True) -> Tile:
         """Return the tile for a call of this shape."""
         rows = max(1, min(sq, _PRODUCT_ROWS // h, _QUERY_BYTES // (h * d * size)))
-        fit = _LOGITS_BYTES // (rows * h * size)
-        cap = max(64, _KEYS_BYTES // (d * size))
+        return cls(rows, 1, h, d, size, relu).with_rows(rows, sk)
+
+    def with_rows(self, rows: int, sk: int) -> Tile:
+        """Return the tile of so many rows: the fewer they are, the more of the sk keys fit."""
+        fit = _LOGITS_BYTES // (rows * self.h * self.size)
+        cap = max(64, _KEYS_BYTES // (self.d * self.size))
         keys = max(64, min(fit, cap) // 64 * 64)
-        return cls(rows, max(1, min(sk, keys)), h, d, size, relu)
+        return replace(self, rows=rows, keys=max(1, min(sk, keys)))
 
     @property
     def logits_bytes(self) -> int:

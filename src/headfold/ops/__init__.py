@@ -6,6 +6,7 @@ undecorated functions of the backend; nothing is computed here.
 
 from headfold.ops.attention import sparse_attention, sparse_attention_backward
 from headfold.ops.expanded import heads_once
+from headfold.ops.loss import indexer_loss, indexer_loss_backward, indexer_loss_in_group
 from headfold.ops.scores import index_scores, index_scores_backward
 from headfold.ops.selected import selected_scores, selected_scores_backward
 from headfold.ops.selection import index_mask, index_topk, update_index_mask_
@@ -16,6 +17,9 @@ __all__ = [
     "index_scores",
     "index_scores_backward",
     "index_topk",
+    "indexer_loss",
+    "indexer_loss_backward",
+    "indexer_loss_in_group",
     "selected_scores",
     "selected_scores_backward",
     "sparse_attention",

@@ -8,6 +8,7 @@ from headfold.backends.eager.attention import (
     sparse_attention_backward,
 )
 from headfold.backends.eager.gathered import gather_tile_of, selected_scores, selected_scores_backward
+from headfold.backends.eager.loss import indexer_loss, loss_plan, scaled
 from headfold.backends.eager.masks import index_mask, update_index_mask_
 from headfold.backends.eager.scores import empty_rows_like, index_scores, index_scores_backward
 from headfold.backends.eager.topk import index_topk, selection_plan
@@ -24,7 +25,10 @@ __all__ = [
     "index_scores",
     "index_scores_backward",
     "index_topk",
+    "indexer_loss",
+    "loss_plan",
     "rows_like",
+    "scaled",
     "selected_scores",
     "selected_scores_backward",
     "selection_plan",

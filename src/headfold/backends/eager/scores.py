@@ -84,7 +84,7 @@ def index_scores_backward(
     return dq, dweights, dk
 
 
-def empty_rows_like(k: Tensor) -> Tensor:
+def empty_rows_like(k: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     """Allocate dk: in k's strides, or contiguous where its rows would not be dense, into which products cannot add."""
-    like = torch.empty_like(k)
-    return like if like.stride(-1) == 1 else torch.empty(k.shape, dtype=k.dtype, device=k.device)
+    like = torch.empty_like(k, dtype=dtype)
+    return like if like.stride(-1) == 1 else torch.empty(k.shape, dtype=like.dtype, device=k.device)

@@ -112,8 +112,9 @@ class BackwardWalk:
     itself, one row for all heads, and dweights is q·u. Only what the gradients asked for need is made.
     """
 
-    def __init__(self, tile: Tile, like: Tensor, scale: float) -> None:
-        self.scratch, self.tile = _Scratch(tile, like, scale), tile
+    def __init__(self, tile: Tile, like: Tensor, scale: float, after: ForwardWalk | None = None) -> None:
+        """Make the buffers; a walk that follows a forward walk of the same tile, slab by slab, shares its buffers."""
+        self.scratch, self.tile = _Scratch(tile, like, scale) if after is None else after.scratch, tile
         self.u = self.scratch.empty(tile.rows * tile.h * tile.d)
         self.weighted = self.scratch.empty(tile.rows * tile.h * tile.d)
         self.dweights = self.scratch.empty(tile.rows * tile.h)
@@ -130,10 +131,13 @@ class BackwardWalk:
         dq: Tensor | None,
         dweights: Tensor | None,
         dk: Tensor | None,
+        *,
+        kept: bool = False,
     ) -> None:
         """Write dq and dweights of query rows [first, end) and add to dk, given g = dL/dscores [end - first, sk].
 
         q, weights, k, dq, dweights: as in ForwardWalk, the whole batch element.   dk: [sk, d] in the compute dtype.
+        kept: whether the walk that this one follows left the rectified logits of these rows, in a single tile.
         """
         s = self.scratch
         for first, end in blocks(rows[1], self.tile.rows, rows[0]):
@@ -152,7 +156,7 @@ class BackwardWalk:
                 keys = stage(k[slice(*key)], s.k)
                 a = self._incoming(g[first - rows[0] : end - rows[0], slice(*key)], visible, (first, end), key)
                 if self.tile.relu:
-                    logits = s.product(query, keys)
+                    logits = head(s.logits, *query.shape[:2], len(keys)) if kept else s.product(query, keys)
                     if totals is not None:
                         _add_weight_sums(totals, a, logits.relu_())
                     a = threshold_backward(a.unsqueeze(1), logits, 0, grad_input=logits).flatten(0, 1)
