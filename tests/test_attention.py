@@ -622,7 +622,7 @@ Q, K, V = torch.ones(5, 2, 4, 3), torch.ones(7, 2, 2, 3), torch.ones(7, 2, 2, 6)
 PICKS = torch.zeros(2, 5, 3, dtype=torch.int32)
 BREACHES: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"query": [1]}, TypeError, "query must be a tensor, got list"),
-    ({"query": Q[0]}, ValueError, r"query must be \[s, b, np, hn\], got shape \[2, 4, 3\]"),
+    ({"query": Q[0]}, ValueError, r"query must be \[sq, b, np, hn\], got shape \[2, 4, 3\]"),
     ({"query": Q.int()}, TypeError, "query must be float16, bfloat16, float32 or float64, got torch.int32"),
     ({"query": Q[..., :0], "key": K[..., :0]}, ValueError, "query needs at least one head and one channel"),
     ({"key": K.double()}, TypeError, "key must have query's dtype torch.float32, got torch.float64. Cast one"),

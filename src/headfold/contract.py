@@ -206,13 +206,13 @@ def key_indices(op: str, indices: object) -> None:
     rank(op, "indices", indices, "[b, sq, topk]")
 
 
-def indices_for(op: str, indices: Tensor, q: Tensor) -> None:
-    """Refuse what is not a selection for batch-first q; the values of indices stay unread."""
+def indices_for(op: str, indices: Tensor, q: Tensor, name: str = "q") -> None:
+    """Refuse what is not a selection for batch-first q (or query, by name); the values of indices stay unread."""
     key_indices(op, indices)
     if indices.shape[:2] != q.shape[:2]:
         b, sq = q.shape[:2]
         raise ValueError(f"{op}: indices must be [b, sq, topk] = [{b}, {sq}, topk], got {list(indices.shape)}.")
-    same_device(op, indices=indices, q=q)
+    same_device(op, **{"indices": indices, name: q})
 
 
 def updatable(op: str, mask: object, indices: Tensor, first_row: int) -> None:
@@ -410,7 +410,7 @@ def attention_call(
         if sink.shape != (heads,):
             raise ValueError(f"{op}: sink must be [np] = [{heads}], got {list(sink.shape)}.")
         same_device(op, sink=sink, query=query)
-    indices_for(op, indices, query)
+    indices_for(op, indices, query, "query")
     if isinstance(keys, KeyRange):
         for name, bound in (("keys.start", keys.start), ("keys.end", keys.end)):
             if bound is not None:
