@@ -16,6 +16,7 @@ FLOORS = [
     ["tiles", "bills"],
     ["geometry", "layout", "keyrange", "loss_tiles"],
     ["contract", "presets", "attention_tiles", "parallel"],
+    ["attention_contract"],
     ["materialized", "backends"],
     ["ops", "materialized_attention", "materialized_loss"],
     ["scores", "attention", "selected", "loss", "selection", "selection_record", "mask"],

@@ -5,15 +5,14 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, NamedTuple
 
 from headfold import backends, materialized_loss, ops
+from headfold.attention_contract import attention_of, rows_of
 from headfold.backends import eager
 from headfold.contract import (
     at_least,
-    attention_of,
     enough_workspace,
     number,
     one_of,
     reverse_mode_only,
-    rows_of,
     score_call,
     wants_grad,
 )
