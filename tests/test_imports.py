@@ -13,9 +13,10 @@ ROOT = Path(headfold.__file__).parent
 # Each floor may import the floors before it, and modules of its own floor may not import one another unless they are
 # one package.
 FLOORS = [
-    ["tiles", "bills"],
-    ["geometry", "layout", "keyrange", "loss_tiles"],
-    ["contract", "presets", "attention_tiles", "parallel"],
+    ["tiles", "bills", "flops"],
+    ["layout", "keyrange", "loss_tiles", "attention_tiles", "dense_bills"],
+    ["geometry"],
+    ["contract", "presets", "parallel"],
     ["attention_contract"],
     ["materialized", "backends"],
     ["ops", "materialized_attention", "materialized_loss"],

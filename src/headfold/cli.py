@@ -51,7 +51,7 @@ STYLES = {PASS: "green", FAIL: "bold red", SKIP: "yellow"}
 
 Preset = Annotated[str | None, typer.Option(help="A published model's indexer, such as deepseek-v3.2 or glm-5.")]
 Shape = Annotated[
-    str | None, typer.Option(help='small, prod, full, chunk, or text like "b=1,sq=4096,sk=4096,h=32,d=128".')
+    str | None, typer.Option(help='small, prod, full, chunk, train, or text like "b=1,sq=4096,sk=4096,h=32,d=128".')
 ]
 Inputs = Annotated[Path | None, typer.Option(help="A safetensors file with captured q, weights and k.")]
 Tokens = Annotated[
