@@ -23,6 +23,7 @@ from headfold.lanes import parity as parity_lane
 from headfold.lanes import speed as speed_lane
 from headfold.lanes.problem import Problem, from_file
 from headfold.lanes.record import show
+from headfold.lanes.residency import Measured
 
 TINY = ["--shape", "b=1,sq=32,h=2,d=16"]
 LANES = ["plan", "parity", "residency", "speed", "capture", "prove", "agree", "doctor"]

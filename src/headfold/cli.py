@@ -33,10 +33,13 @@ from headfold.lanes.problem import Problem, from_file
 from headfold.lanes.record import FAIL, PASS, SKIP, Lane
 from headfold.lanes.residency import residency as run_residency
 from headfold.lanes.residency import selection_residency as run_selection_residency
+from headfold.lanes.residency import training_residency as run_training_residency
 from headfold.lanes.selection_parity import selection_parity as run_selection_parity
 from headfold.lanes.selection_speed import selection_speed as run_selection_speed
 from headfold.lanes.speed import speed as run_speed
 from headfold.lanes.speed import sweep as run_sweep
+from headfold.lanes.training_parity import training_parity as run_training_parity
+from headfold.lanes.training_speed import training_speed as run_training_speed
 from headfold.presets import SHAPES, find_preset, parse_shape
 
 app = typer.Typer(
@@ -101,6 +104,8 @@ def parity(
     lanes = [run_parity(problem, where, impl=impl, track=_track(as_json))]
     if problem.geometry.topk:
         lanes.append(run_selection_parity(problem, where, impl=impl, track=_track(as_json)))
+    if problem.geometry.np:
+        lanes.append(run_training_parity(problem, where, impl=impl, track=_track(as_json)))
     _finish(lanes, as_json)
 
 
@@ -134,6 +139,8 @@ def residency(
         lanes += report.long_selections(where, workspace=workspace, process=process, track=track)
     elif problem.geometry.topk:
         lanes.append(run_selection_residency(problem, where, workspace=workspace, process=process, track=track))
+    if not full and problem.geometry.np:
+        lanes.append(run_training_residency(problem, where, workspace=workspace, process=process, track=track))
     _finish(lanes, as_json)
 
 
@@ -156,7 +163,7 @@ def speed(
     ] = False,
     targets: Annotated[
         bool,
-        typer.Option("--targets", help="Judge the project's speed targets (two CPU cores, prod and chunk)."),
+        typer.Option("--targets", help="Judge the project's speed targets (two CPU cores, prod, chunk and train)."),
     ] = False,
     device: Device = "cpu",
     threads: Threads = None,
@@ -175,6 +182,9 @@ def speed(
         # The targets of scoring and of selecting are stated at shapes of their own.
         chosen = Problem(SHAPES["chunk"]) if targets and problem == Problem(SHAPES["prod"]) else problem
         lanes.append(run_selection_speed(chosen, where, **options))
+    if targets or problem.geometry.np:
+        trained = problem if problem.geometry.np else Problem(SHAPES["train"])
+        lanes.append(run_training_speed(trained, where, **options))
     _finish(lanes, as_json)
 
 

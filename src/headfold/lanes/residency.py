@@ -11,6 +11,7 @@ from headfold.lanes import measure
 from headfold.lanes.paths import IndexerPath, Make, scoring, selecting
 from headfold.lanes.problem import Problem
 from headfold.lanes.record import FAIL, PASS, SKIP, Column, Lane, Row, Track, no_track, show_bytes
+from headfold.lanes.training_paths import attending, losses
 from headfold.tiles import MIB
 
 COLUMNS = (
@@ -67,6 +68,21 @@ def selection_residency(
     """Measure every way to select topk keys a row, and our scores of what was selected; arguments as in residency."""
     lane = Lane("selection residency", "And when only topk keys a row are kept?", COLUMNS)
     paths = selecting(problem.geometry, device, workspace)
+    return _fill(lane, problem, paths, device, process=process, track=track)
+
+
+def training_residency(
+    problem: Problem,
+    device: torch.device,
+    *,
+    workspace: int | None = None,
+    process: bool = True,
+    track: Track[Any] = no_track,
+) -> Lane:
+    """Measure the loss and, where topk is given, attention over a selection; arguments as in residency."""
+    lane = Lane("training residency", "And what does training take?", COLUMNS)
+    g = problem.geometry
+    paths = losses(g, device, workspace) + (attending(g, device, workspace) if g.topk else [])
     return _fill(lane, problem, paths, device, process=process, track=track)
 
 
