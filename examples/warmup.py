@@ -51,18 +51,18 @@ HELD_OUT = 10  # every tenth file is evaluated on, and never trained on
 class Settings:
     """What one run is made of."""
 
-    steps: int = 400
-    warmup_steps: int = 150
+    steps: int = 300
+    warmup_steps: int = 100
     context: int = 512
     topk: int = 32
     batch: int = 4
     warmup_batch: int = 1
     layers: int = 2
-    width: int = 192
+    width: int = 128
     heads: int = 4
     index_heads: int = 8
     index_dim: int = 32
-    evaluate: int = 16  # held-out sequences
+    evaluate: int = 32  # held-out sequences
     seed: int = 0
 
 
@@ -254,7 +254,7 @@ def evaluate(s: Settings, model: Model, ways: dict[str, Select], data: Tensor, s
     """
     generator = torch.Generator().manual_seed(s.seed + 2)
     held = sequences(data, s.evaluate, s.context, generator)
-    losses = dict.fromkeys(("dense", *ways), 0.0)
+    losses: dict[str, list[float]] = {name: [] for name in ("dense", *ways)}
     recalls = {name: [0.0] * s.layers for name in ways}
 
     def watch(layer: int, x: Tensor, query: Tensor, key: Tensor) -> None:
@@ -267,11 +267,12 @@ def evaluate(s: Settings, model: Model, ways: dict[str, Select], data: Tensor, s
     for tokens in track(held.split(1), "evaluation", console=show):
         for name, select in {"dense": watch, **ways}.items():
             logits = model(tokens[:, :-1], select)
-            losses[name] += next_byte_loss(logits, tokens, s.topk).item() / s.evaluate
+            losses[name].append(next_byte_loss(logits, tokens, s.topk).item())
     return {
         "recall": {name: sum(layers) / s.layers for name, layers in recalls.items()},
         "recall of each layer": recalls,
-        "loss": losses,
+        "loss": {name: sum(values) / s.evaluate for name, values in losses.items()},
+        "loss of each sequence": losses,
     }
 
 
@@ -352,8 +353,8 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 def main(
     out: Annotated[Path, typer.Option(help="Folder for warmup.json and warmup.svg.")] = Path("warmup"),
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads; torch's default when not given.")] = None,
-    steps: Annotated[int, typer.Option(min=10, help="Steps of the language model.")] = Settings.steps,
-    warmup_steps: Annotated[int, typer.Option(min=10, help="Steps of the indexer.")] = Settings.warmup_steps,
+    steps: Annotated[int, typer.Option(min=20, help="Steps of the language model.")] = Settings.steps,
+    warmup_steps: Annotated[int, typer.Option(min=20, help="Steps of the indexer.")] = Settings.warmup_steps,
     context: Annotated[int, typer.Option(min=2, max=8192, help="Bytes of a sequence.")] = Settings.context,
     topk: Annotated[int, typer.Option(min=1, help="Keys that a row keeps.")] = Settings.topk,
     seed: Annotated[int, typer.Option(min=0, help="Seed of weights and batches.")] = Settings.seed,

@@ -16,8 +16,8 @@ from torch import Tensor
 from typer.testing import CliRunner
 
 EXAMPLE = Path(__file__).parent.parent / "examples" / "warmup.py"
-LEAST_RISE = 0.15  # of attention's mass; 0.25 was seen
-SHORT = {"steps": 60, "warmup_steps": 60, "context": 128, "topk": 12}
+LEAST_RISE = 0.08  # of attention's mass; 0.14 was seen
+SHORT = {"steps": 50, "warmup_steps": 40, "context": 128, "topk": 12}
 
 
 @pytest.fixture(scope="module")
@@ -76,7 +76,7 @@ def test_numbers_settings_table_and_figure_are_written(written: tuple[str, Path]
     assert numbers["environment"]["torch"] == torch.__version__
     assert numbers["seconds"]["all"] > 0
     for name, loss in numbers["loss"].items():
-        line = next(line for line in output.splitlines() if name in line and "│" in line)
+        line = next(line for line in output.splitlines() if line.startswith(f"│ {name} "))
         assert f"{loss:.4f}" in line
     drawing = (out / "warmup.svg").read_text(encoding="utf-8")
     assert drawing.startswith("<?xml")
@@ -85,7 +85,7 @@ def test_numbers_settings_table_and_figure_are_written(written: tuple[str, Path]
 
 def small(warmup: Any, **change: int) -> Any:
     return warmup.Settings(
-        **{**SHORT, "steps": 10, "warmup_steps": 10, "context": 32, "topk": 4, "evaluate": 2, **change}
+        **{**SHORT, "steps": 20, "warmup_steps": 20, "context": 32, "topk": 4, "evaluate": 2, **change}
     )
 
 
@@ -102,7 +102,7 @@ def test_warming_up_changes_the_indexers_and_leaves_the_model_as_it_was(warmup: 
     assert changed == set(first)
 
 
-def test_only_the_indexers_get_gradients(warmup: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_the_indexers_get_gradients(warmup: Any) -> None:
     s, show = small(warmup), Console(quiet=True)
     train, _, _ = warmup.text()
     model = warmup.Model(s).requires_grad_(False)
@@ -175,7 +175,7 @@ def test_every_way_selects_visible_keys_and_the_window_the_last_ones(warmup: Any
     ("options", "sentence"),
     [
         ("--topk 600", "--topk must be less than --context (512), got 600."),
-        ("--steps 0", "0 is not in the range"),
+        ("--steps 0", "Invalid value for '--steps'"),
         (f"--out {EXAMPLE}", "--out must be a folder"),
     ],
 )
