@@ -57,7 +57,8 @@ def training_parity(
     lane.notes = [
         f"Losses: loss, dq, dweights and dk against float64 full tensors under autograd, by at most {1e-11:g} of the "
         f"largest true value in float64, {5e-6:g} in float32, one rounding in half precision; {ROWS} rows, {KEYS} "
-        f"keys, topk {TOPK}. Each row is the worst over ReLU or none, all rows or some, mean or sum, in every pair; half precision is causal.",
+        f"keys, topk {TOPK}. Each row is the worst over ReLU or none, all rows or some, mean or sum, in "
+        "every pair; half precision is causal.",
         "Attention: budget as of scores, the materialised path's own error being the largest over eight orders of its "
         f"sums; {ATTENTION_ROWS} rows, {ATTENTION_KEYS} keys, topk {ATTENTION_TOPK}, causal.",
     ]
