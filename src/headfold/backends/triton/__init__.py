@@ -6,6 +6,7 @@ Imported when a call is dispatched here and not before, so that headfold runs wi
 import triton
 import triton.language
 
+from headfold.backends.triton.masks import index_mask, update_index_mask_
 from headfold.backends.triton.scores import add_gradients, fill_scores, index_scores, index_scores_backward, tile_of
 from headfold.backends.triton.topk import index_topk, selection_plan
 from headfold.backends.triton.visible import row_bounds
@@ -17,9 +18,11 @@ __all__ = [
     "INTERPRETED",
     "add_gradients",
     "fill_scores",
+    "index_mask",
     "index_scores",
     "index_scores_backward",
     "index_topk",
     "selection_plan",
     "tile_of",
+    "update_index_mask_",
 ]

@@ -155,7 +155,7 @@ def _walk(
     return above, between
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["sk", "topk", "capacity", "offset"])
 def keep_kernel(
     scores,
     start,

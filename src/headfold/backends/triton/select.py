@@ -96,10 +96,22 @@ def select(
     """
     if indices.numel() == 0:
         return
+    with torch.cuda.device_of(slab):
+        _keep(slab, start, end, offset, ratio, scratch)
+        _order(indices, scores, ORDERS[slab.dtype].top, scratch)
+
+
+def _keep(
+    slab: Tensor,
+    start: Tensor | None,
+    end: Tensor | None,
+    offset: int | None,
+    ratio: int,
+    scratch: Scratch,
+) -> None:
+    """Write to the scratch which keys of every row are its best, in no order."""
     plan, tile, order = scratch.plan, row_of(arch_of(slab.device), slab.shape[2]), ORDERS[slab.dtype]
-    (b, rows, sk), topk = slab.shape, plan.topk
-    results = indices, scores, topk
-    strides = indices.stride()[:2] + ((0, 0) if scores is None else scores.stride()[:2])
+    b, rows, sk = slab.shape
     keep_kernel[(rows, b)](
         slab,
         start,
@@ -108,7 +120,7 @@ def select(
         scratch.found_key,
         scratch.count,
         sk,
-        topk,
+        plan.topk,
         plan.capacity,
         0 if offset is None else offset,
         slab.stride(0),
@@ -125,38 +137,31 @@ def select(
         STEP=tile.step,
         num_warps=tile.warps,
     )
+
+
+def _order(indices: Tensor, scores: Tensor | None, top: int, scratch: Scratch) -> None:
+    """Write what the scratch holds in order."""
+    plan, tile = scratch.plan, row_of(arch_of(indices.device), 1)
+    b, rows, topk = indices.shape
+    results = indices, scores, topk
+    strides = *indices.stride()[:2], *((0, 0) if scores is None else scores.stride()[:2])
     found_row = topk + plan.capacity
     if plan.size == 8:
-        grid = rows, triton.cdiv(topk, tile.pairs), b
         kept = scratch.found, scratch.found_key, scratch.count
-        count_kernel[grid](
-            *kept, *results, found_row, *strides, TOP=order.top, BLOCK=tile.pairs, num_warps=tile.sort_warps
-        )
+        grid = rows, triton.cdiv(topk, tile.pairs), b
+        constants = {"TOP": top, "BLOCK": tile.pairs, "num_warps": tile.sort_warps}
+        count_kernel[grid](*kept, *results, found_row, *strides, **constants)
         return
-    blocks, block = plan.blocks, plan.block
+    kept, blocks, block = (scratch.found, scratch.count, scratch.packed), plan.blocks, plan.block
     for period, apart in rounds(blocks):
-        first = period == apart == 1
+        first = period == 1
         grid = rows, blocks // 2 if first else blocks - apart, b
-        sort_kernel[grid](
-            scratch.found,
-            scratch.count,
-            scratch.packed,
-            *results,
-            found_row,
-            blocks,
-            period,
-            apart,
-            *strides,
-            TOP=order.top,
-            BLOCK=block,
-            FIRST=first,
-            ONLY=blocks == 2,
-            num_warps=tile.sort_warps,
-        )
+        constants = {"TOP": top, "BLOCK": block, "FIRST": first, "ONLY": blocks == 2, "num_warps": tile.sort_warps}
+        sort_kernel[grid](*kept, *results, found_row, blocks, period, apart, *strides, **constants)
     if blocks > 2:
         grid = rows, triton.cdiv(topk, block), b
-        width = blocks * block
-        write_kernel[grid](scratch.packed, *results, width, *strides, TOP=order.top, STEP=block, num_warps=WRITE_WARPS)
+        constants = {"TOP": top, "STEP": block, "num_warps": WRITE_WARPS}
+        write_kernel[grid](scratch.packed, *results, blocks * block, *strides, **constants)
 
 
 def rounds(blocks: int) -> list[tuple[int, int]]:

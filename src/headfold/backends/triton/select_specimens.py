@@ -16,8 +16,8 @@ from headfold.triton_tiles import Kept
 POINTERS = {torch.float32: "*fp32:16", torch.float64: "*fp64:16"}
 # Widths of a selection: one that one program sorts, the widest of these, and one that is merged.
 WIDTHS = (512, 2048, 4096)
-# Arguments that are not a multiple of 16 in every call.
-ODD = ("sk", "topk", "offset", "start_row", "end_row", "blocks", "period", "apart")
+# Arguments by whose values nothing is specialised, and strides that are not a multiple of 16.
+ODD = ("sk", "topk", "capacity", "offset", "found_row", "blocks", "period", "apart", "start_row", "end_row")
 
 
 def specimens(arch: str) -> Iterator[Specimen]:
