@@ -19,7 +19,7 @@ _KEPT_BYTES = 24 * MIB
 # one place in its tile whatever the workspace. Fewer where even those are large: no GPU's product depends on the place.
 _ROWS = 16
 _PRODUCT_ROWS = 128  # rows x heads
-_LEAST_BYTES = 8 * MIB
+_LEAST_BYTES = 12 * MIB
 # Scores that a row of a slab is padded to, so that rows begin where vector loads can.
 PADDING = 64
 # Keys that may wait for the cut. The pivots of a sample of 1024 keys leave 1400 between them where one key in eight of
