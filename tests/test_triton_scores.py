@@ -280,7 +280,8 @@ def test_a_slab_of_rows_is_its_part_of_the_call(visible: str, activation: str | 
         rest: tuple[Any, ...] = (start, end, bias, offset, call.ratio, call.relu, call.scale)
         some = call.q[:, rows], call.weights[:, rows], call.k
         triton.fill_scores(parts[:, rows], *some, *rest)
-        triton.add_gradients(g[:, rows], *some, *rest, dqs[:, rows], dws[:, rows], dks)
+        gradients: Any = (g[:, rows], *some, *rest, dqs[:, rows], dws[:, rows], dks)
+        triton.add_gradients(*gradients)
     torch.testing.assert_close(parts, whole)
     for x, y in zip((dqs, dws, dks), (dq, dweights, dk), strict=True):
         torch.testing.assert_close(x, y, rtol=1e-5, atol=1e-5)
