@@ -297,6 +297,8 @@ def test_at_full_size_slabs_are_few_and_the_least_workspace_is_small() -> None:
     assert len(list(plan.slabs(1, 32768, lambda row: row + 1))) < 100
     for sk in (4096, 32768, 262144):
         assert SlabSelection.of(1, 32768, sk, 32, 128, 2048, 4, 0).scratch_bytes <= 16 * MIB
+    decoding = SlabSelection.of(10**6, 1, 8, 32, 128, 1, 4, 64 * MIB)
+    assert max(part.batch_end - part.batch for part in decoding.slabs(10**6, 1, lambda row: 8)) == 65535
     assert selecting.row_of("sm_90", 32768).sample == 1024
 
 

@@ -28,6 +28,7 @@ _WAITING, _WAITING_LONG, _LONG = 4096, 8192, 65536
 # The sorting network takes two blocks in registers: as many as are kept, or two of these at a time.
 _SORTED = 1024
 _KEY = 4  # bytes of an int32
+_GRID = 65535  # programs along the second and third axis of a CUDA grid, which batches lie along
 
 
 @dataclass(frozen=True)
@@ -102,7 +103,7 @@ class SlabSelection:
         slab = max(least * scored, min(_SLAB_BYTES, workspace - kept))
         kept = max(least * kept_row, min(kept, workspace - slab))
         most = max(1, b) * -(-sq // least) * least
-        rows = max(least, min(most, kept // kept_row // least * least))
+        rows = max(least, min(most, min(kept // kept_row, _GRID) // least * least))
         elements = max(least, min(most, slab // max(1, scored))) * padded(sk)
         return cls(replace(one, rows=rows), elements, least, ScoreTile(1, rows, sk, h, d, size, relu).folded_bytes)
 
