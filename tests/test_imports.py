@@ -13,8 +13,8 @@ ROOT = Path(headfold.__file__).parent
 # Each floor may import the floors before it, and modules of its own floor may not import one another unless they are
 # one package.
 FLOORS = [
-    ["tiles", "bills", "flops"],
-    ["layout", "keyrange", "loss_tiles", "attention_tiles", "dense_bills"],
+    ["tiles", "bills", "flops", "score_tiles"],
+    ["layout", "keyrange", "loss_tiles", "attention_tiles", "dense_bills", "triton_tiles"],
     ["geometry"],
     ["contract", "presets", "parallel"],
     ["attention_contract"],

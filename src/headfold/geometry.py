@@ -15,6 +15,7 @@ from headfold.bills import Bill
 from headfold.flops import score_flops
 from headfold.loss_tiles import LossTile
 from headfold.tiles import DEFAULT_WORKSPACE, MIB, GatherTile, Selection, Tile
+from headfold.triton_tiles import SlabSelection
 
 ITEMSIZE = {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8}
 # Ways to score every key; ways to keep topk keys a row; scoring of the keys that were kept.
@@ -205,6 +206,11 @@ class IndexerGeometry:
         sizes = self.compute_itemsize, self.itemsize
         return AttentionTile.of(gathered, *shape, *sizes, shared=False, accelerator=accelerator)
 
+    def slab_selection(self, workspace: int = DEFAULT_WORKSPACE) -> SlabSelection:
+        """Return the selecting fold of the Triton kernels that a workspace leaves room for."""
+        shape = self.b, self.sq, self.sk, self.heads, self.dim, self.topk, self.compute_itemsize
+        return SlabSelection.of(*shape, workspace, relu=self.relu)
+
     def bill(
         self,
         path: str,
@@ -213,17 +219,21 @@ class IndexerGeometry:
         scale: float = 1.0,
         workspace: int = DEFAULT_WORKSPACE,
         accelerator: bool = False,
+        backend: str = "eager",
     ) -> Bill:
         """Return what a path allocates: one of PATHS, SELECTING, SELECTED, LOSSES or ATTENDING.
 
         A mask or a scale costs the other paths bytes of its own; headfold's scratch has room for them in any case. Only
         a selection grows with its workspace. What selects is not differentiated: its training peak is its forward.
         accelerator: whether torch's sorts take their scratch from the allocator that is billed, as on CUDA.
+        backend: "eager", or "triton", whose selection is billed as its kernels allocate.
         """
         if path == "headfold":
             return self._folded(self.scores_bytes, self.tile)
         if path == "headfold top-k":
-            peak = self.indices_bytes + self.selection(workspace, accelerator=accelerator).scratch_bytes
+            eager = self.selection(workspace, accelerator=accelerator).scratch_bytes
+            scratch = self.slab_selection(workspace).scratch_bytes if backend == "triton" else eager
+            peak = self.indices_bytes + scratch
             return Bill(peak, 0, peak)
         if path == SELECTED:
             return self._folded(self.selected_bytes, self.gather_tile(accelerator=accelerator))

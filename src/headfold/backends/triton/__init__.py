@@ -1,0 +1,28 @@
+"""Triton kernels, on CUDA and ROCm devices, and under Triton's interpreter on a CPU.
+
+Imported when a call is dispatched here and not before, so that headfold runs without Triton.
+"""
+
+import triton
+import triton.language
+
+from headfold.backends.triton.masks import index_mask, update_index_mask_
+from headfold.backends.triton.scores import add_gradients, fill_scores, index_scores, index_scores_backward, tile_of
+from headfold.backends.triton.topk import index_topk, selection_plan
+from headfold.backends.triton.visible import row_bounds
+
+# Both read TRITON_INTERPRET where they are decorated: a variable set between the two imports gives neither.
+INTERPRETED = not any(isinstance(f, triton.JITFunction) for f in (row_bounds, triton.language.zeros))
+
+__all__ = [
+    "INTERPRETED",
+    "add_gradients",
+    "fill_scores",
+    "index_mask",
+    "index_scores",
+    "index_scores_backward",
+    "index_topk",
+    "selection_plan",
+    "tile_of",
+    "update_index_mask_",
+]

@@ -1,0 +1,16 @@
+"""Every specimen of every kernel, for the compile lane."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from headfold.backends.triton import score_specimens, select_specimens
+from headfold.backends.triton.compiling import Specimen
+
+SOURCES = (score_specimens.specimens, select_specimens.specimens)
+
+
+def specimens(arch: str) -> Iterator[Specimen]:
+    """Yield what an architecture's rows of the table compile to."""
+    for source in SOURCES:
+        yield from source(arch)

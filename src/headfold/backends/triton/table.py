@@ -1,0 +1,108 @@
+"""Tiles as data: one row a kernel, architecture, dtype, width and number of heads. Correct a row, and nothing else.
+
+A row is for a kernel, a chip ("*": any), a dtype ("half": float16 and bfloat16), widths up to d and up to h heads. What
+it says:
+
+    rows             query rows x heads of one program's tile; more heads than that are several launches
+    keys             keys of the tile
+    warps, stages    of the launch
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+from headfold.contract import UnsupportedError
+
+ANY = 1 << 30
+
+
+class Row(NamedTuple):
+    """A tile: what it is for (kernel, arch, dtype, widest d, most heads), and its sizes."""
+
+    kernel: str
+    arch: str
+    dtype: str
+    d: int
+    h: int
+    rows: int
+    keys: int
+    warps: int
+    stages: int
+
+
+# Read off the compile lane: no spills, shared memory within the chip, tensor cores in use (docs/kernels.md). The first
+# row that covers a call is its row.
+TABLE = (
+    # kernel, arch, dtype, d, h, rows, keys, warps, stages
+    # The interpreter's: few steps of Python.
+    Row("scores", "cpu", "*", 256, ANY, 128, 64, 4, 1),
+    Row("query_gradients", "cpu", "*", 256, ANY, 128, 64, 4, 1),
+    Row("key_gradients", "cpu", "*", 256, ANY, 128, 64, 4, 1),
+    Row("fold", "cpu", "*", 256, ANY, 64, 0, 4, 1),
+    Row("scores", "sm_80", "half", 128, 2, 64, 64, 4, 2),
+    Row("scores", "sm_80", "half", 128, ANY, 128, 64, 4, 2),
+    Row("scores", "sm_80", "half", 256, ANY, 64, 64, 4, 2),
+    Row("query_gradients", "sm_80", "half", 128, ANY, 64, 64, 4, 2),
+    Row("query_gradients", "sm_80", "half", 256, ANY, 64, 32, 8, 2),
+    Row("key_gradients", "sm_80", "half", 128, ANY, 128, 64, 8, 2),
+    Row("key_gradients", "sm_80", "half", 256, ANY, 32, 64, 8, 2),
+    Row("scores", "sm_90", "half", 128, 2, 64, 64, 4, 2),
+    Row("scores", "sm_90", "half", 128, 16, 128, 64, 4, 2),
+    Row("scores", "sm_90", "half", 128, ANY, 256, 64, 4, 2),
+    Row("scores", "sm_90", "half", 256, ANY, 128, 64, 4, 2),
+    Row("query_gradients", "sm_90", "half", 128, ANY, 128, 64, 8, 3),
+    Row("query_gradients", "sm_90", "half", 256, ANY, 64, 64, 8, 2),
+    Row("key_gradients", "sm_90", "half", 128, ANY, 64, 128, 8, 3),
+    Row("key_gradients", "sm_90", "half", 256, ANY, 32, 64, 8, 2),
+    Row("scores", "sm_100", "half", 128, 16, 128, 64, 8, 2),
+    Row("scores", "sm_100", "half", 128, ANY, 256, 64, 8, 2),
+    Row("scores", "sm_100", "half", 256, ANY, 128, 64, 8, 2),
+    Row("query_gradients", "sm_100", "half", 128, ANY, 128, 64, 8, 3),
+    Row("query_gradients", "sm_100", "half", 256, ANY, 64, 64, 8, 2),
+    Row("key_gradients", "sm_100", "half", 128, ANY, 64, 128, 8, 3),
+    Row("key_gradients", "sm_100", "half", 256, ANY, 32, 64, 8, 2),
+    Row("scores", "gfx942", "half", 128, ANY, 128, 64, 4, 1),
+    Row("scores", "gfx942", "half", 256, ANY, 64, 64, 4, 1),
+    Row("query_gradients", "gfx942", "half", 128, ANY, 64, 64, 4, 1),
+    Row("query_gradients", "gfx942", "half", 256, ANY, 64, 32, 8, 1),
+    Row("key_gradients", "gfx942", "half", 128, ANY, 64, 64, 4, 1),
+    Row("key_gradients", "gfx942", "half", 256, ANY, 32, 64, 8, 1),
+    # Exact float32 and float64, which have no fast instruction everywhere: small tiles.
+    Row("scores", "*", "float32", 256, ANY, 32, 32, 4, 1),
+    Row("query_gradients", "*", "float32", 128, ANY, 32, 32, 4, 1),
+    Row("query_gradients", "*", "float32", 256, ANY, 16, 32, 8, 1),
+    Row("key_gradients", "*", "float32", 128, ANY, 32, 32, 4, 1),
+    Row("key_gradients", "*", "float32", 256, ANY, 32, 16, 8, 1),
+    Row("scores", "*", "float64", 256, ANY, 16, 16, 4, 1),
+    Row("query_gradients", "*", "float64", 256, ANY, 16, 16, 4, 1),
+    Row("key_gradients", "*", "float64", 256, ANY, 16, 16, 4, 1),
+    Row("fold", "*", "*", 256, ANY, 16, 0, 4, 1),
+)
+KINDS = {torch.float16: "half", torch.bfloat16: "half", torch.float32: "float32", torch.float64: "float64"}
+
+
+def tile(kernel: str, arch: str, dtype: torch.dtype, d: int, h: int = 1) -> Row:
+    """Return the row of a call.   arch: as `arch_of` names it."""
+    kind = KINDS[dtype]
+    for row in TABLE:
+        if row.kernel == kernel and row.arch in (arch, "*") and row.dtype in (kind, "*") and d <= row.d and h <= row.h:
+            return row
+    raise UnsupportedError(f'{kernel}: has no tile for {arch}, {kind}, d={d}, h={h}. Use impl="eager".')
+
+
+def arch_of(device: torch.device) -> str:
+    """Return the row name of a device: "cpu" under the interpreter, "sm_80", "sm_90", "sm_100" or "gfx942".
+
+    A chip between two of these takes the smaller one's tiles, and one before sm_80 those of sm_80.
+    """
+    if device.type == "cpu":
+        return "cpu"
+    if torch.version.hip is not None:
+        return "gfx942"
+    major, minor = torch.cuda.get_device_capability(device)
+    if major == 9:
+        return "sm_90"
+    return "sm_100" if (major, minor) in ((10, 0), (10, 3)) else "sm_80"
