@@ -20,6 +20,7 @@ FLOORS = [
     ["ops", "materialized_attention", "materialized_loss"],
     ["scores", "attention", "selected", "loss", "selection", "selection_record", "mask"],
     ["reuse", "agreement"],
+    ["integrations"],
     ["lanes"],
     ["cli"],
 ]
