@@ -43,7 +43,8 @@ def bounds(
     Args:
         op: for sentences.
         mask: excludes bounds.
-        starts, ends: integer [sq]; row s sees the keys whose position p has starts[s] <= p < ends[s].
+        starts: integer [sq]; row s sees the keys whose position p has starts[s] <= p < ends[s].
+        ends: as starts.
         positions: integer [sk], position of each key, in any order; None means 0 to sk - 1.
         device: of the call.
     """
@@ -55,7 +56,7 @@ def bounds(
         raise ValueError(f"{op}: varlen_starts needs varlen_ends, got varlen_ends=None.")
     starts, ends = starts.to(device), ends.to(device)
     if positions is None:
-        return KeyRange(*(x.clamp(0, INT32).int() for x in (starts, ends))), None
+        return KeyRange(starts.clamp(0, INT32).int(), ends.clamp(0, INT32).int()), None
     ordered, order = positions.to(device).long().sort(stable=True)
     start, end = (torch.searchsorted(ordered, x.long()).int() for x in (starts, ends))
     return KeyRange(start, end), order

@@ -258,7 +258,7 @@ class AbsorbedAttention:
 def attend(
     query: Tensor, key: Tensor, value: Tensor | None, indices: Tensor, softmax_scale: float, **rest: Any
 ) -> Tensor:
-    """Return [sq, b, np, hnv] in value's dtype, from inputs of any ranks, dtypes and head counts that Megatron takes."""
+    """Return [sq, b, np, hnv] in value's dtype, from inputs of all ranks, dtypes and heads that Megatron takes."""
     given = [args.four_axes(x) for x in (query, key, value) if x is not None]
     dtype, heads = given[-1].dtype, {x.shape[2] for x in given[1:]}
     if len(heads) > 1:  # one key head beside many value heads, or the other way about

@@ -134,9 +134,7 @@ class EarlierAttention:
 
     workspace: int | None
 
-    def __call__(
-        self, query: Tensor, key: Tensor, value: Tensor, topk_indices: Tensor, softmax_scale: float
-    ) -> Tensor:
+    def __call__(self, query: Tensor, key: Tensor, value: Tensor, topk_indices: Tensor, softmax_scale: float) -> Tensor:
         """Attend to the selected keys up to each row's own."""
         dtype = value.dtype
         query, key, value = args.together(query, key, value)

@@ -72,7 +72,7 @@ class EarlierLoss(torch.autograd.Function):
                 continue
             student = _softmax(scores.detach(), future, unchosen)
             g = _through_softmax(student, target).masked_fill(future, 0)
-            scores.backward(g if unchosen is None else g.masked_fill(unchosen, 0))  # type: ignore[no-untyped-call]
+            scores.backward(g if unchosen is None else g.masked_fill(unchosen, 0))
             for held, leaf, rows in ((dq, leaves[0], span), (dweights, leaves[1], span), (dk, leaves[2], slice(None))):
                 if held is not None and leaf.grad is not None:
                     held[rows] += leaf.grad
