@@ -219,7 +219,7 @@ def test_layers_that_share_are_those_of_megatron() -> None:
     assert [layer.computes for layer in model.layers] == [not is_dsa_skip_topk_layer(n, 2, 3) for n in range(1, 7)]
 
 
-WRONG = {
+WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "misspelt": ({"dsa_indexer_top_k": 4}, r"a\.yaml: dsa arguments must be among .*, got dsa_indexer_top_k\."),
     "misspelt elsewhere": ({"indexer_heads": 4}, r"got indexer_heads\."),
     "missing": ({"dsa_indexer_topk": None}, r"a\.yaml: needs dsa_indexer_topk \(selected keys\), got a file without\."),
