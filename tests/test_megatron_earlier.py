@@ -54,7 +54,13 @@ def mask_of(name: str, s: int, b: int) -> Tensor | None:
 
 def inputs(s: int = 26, b: int = 2, np: int = 4) -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(7)
-    shapes = {"q": (s, b, 16, 12), "weights": (s, b, 16), "k": (s, b, 12), "query": (s, b, np, 20), "key": (s, b, np, 20)}
+    shapes = {
+        "q": (s, b, 16, 12),
+        "weights": (s, b, 16),
+        "k": (s, b, 12),
+        "query": (s, b, np, 20),
+        "key": (s, b, np, 20),
+    }
     return {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
 
 
