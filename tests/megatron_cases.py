@@ -56,7 +56,7 @@ class Call:
             "key": make(sk, b, 1, 20),
         }
 
-    def visibility(self) -> dict[str, Any]:
+    def visibility(self) -> dict[str, Tensor]:
         """Return mask or bounds, as Megatron's layers pass them."""
         rows = torch.arange(self.sq)
         if self.kind == "causal":
@@ -116,8 +116,13 @@ def leaves(inputs: dict[str, Tensor], names: tuple[str, ...]) -> dict[str, Tenso
     return {name: x.detach().clone().requires_grad_(name in names) for name, x in inputs.items()}
 
 
+def gradients(x: dict[str, Tensor], *names: str) -> list[Tensor]:
+    """Return the gradients of the leaves that have one, those named or all."""
+    return [x[name].grad for name in names or x if x[name].grad is not None]  # type: ignore[misc]
+
+
 def run_loss(
-    module: Any, call: Call, inputs: dict[str, Tensor], group: Any = ALONE, given: dict[str, Any] | None = None
+    module: Any, call: Call, inputs: dict[str, Tensor], group: Any = ALONE, given: dict[str, Tensor] | None = None
 ) -> list[Tensor]:
     """Return indices, loss, dq, dweights and dk of FusedDSAIndexerLoss, with another factor on the loss."""
     x = leaves(inputs, ("q", "weights", "k"))
@@ -143,7 +148,7 @@ def run_loss(
         call.relu,
     )
     (3 * loss).backward()
-    return [indices, loss.detach(), *(x[name].grad for name in ("q", "weights", "k"))]
+    return [indices, loss.detach(), *gradients(x, "q", "weights", "k")]
 
 
 def shuffled_loss(module: Any, call: Call, inputs: dict[str, Tensor], seed: int) -> list[Tensor]:
@@ -209,4 +214,4 @@ def true_loss(call: Call, inputs: dict[str, Tensor]) -> list[Tensor]:
     valid = torch.ones_like(rows, dtype=torch.bool) if valid is None else valid.expand(rows.shape)
     loss = rows[valid].sum() * COEFFICIENT / (1 if call.per_token else valid.sum())
     (3 * loss).backward()
-    return [indices, loss.detach(), *(x[name].grad for name in ("q", "weights", "k"))]
+    return [indices, loss.detach(), *gradients(x, "q", "weights", "k")]

@@ -27,8 +27,8 @@ from headfold.lanes.agree import agree as run_agree
 from headfold.lanes.agree import at_dtypes, from_files
 from headfold.lanes.capture import capture as run_capture
 from headfold.lanes.doctor import doctor as run_doctor
-from headfold.lanes.parity import parity as run_parity
 from headfold.lanes.model_plan import megatron_plan
+from headfold.lanes.parity import parity as run_parity
 from headfold.lanes.plan import plan as run_plan
 from headfold.lanes.problem import Problem, from_file
 from headfold.lanes.record import FAIL, PASS, SKIP, Lane
