@@ -28,11 +28,13 @@ class Call:
     b: int = 2
     sq: int = 26
     dtype: torch.dtype = torch.float32
+    np_k: int = 1
 
     def __str__(self) -> str:
         parts = [self.kind, "sparse" if self.sparse else "dense", "relu" if self.relu else "linear"]
         parts += ["valid"] if self.valid else []
         parts += ["per token"] if self.per_token else []
+        parts += ["heads"] if self.np_k > 1 else []
         parts += [] if self.dtype == torch.float32 else [str(self.dtype).removeprefix("torch.")]
         return "-".join(parts)
 
@@ -41,7 +43,7 @@ class Call:
         return 2 * self.sq if self.kind == "positions" else self.sq
 
     def inputs(self, *, heads: int = 16, np: int = 4) -> dict[str, Tensor]:
-        """Return q, weights, k, query and one key head, rounded to the dtype."""
+        """Return q, weights, k, query and np_k key heads, rounded to the dtype."""
         generator = torch.Generator().manual_seed(7)
 
         def make(*shape: int) -> Tensor:
@@ -53,7 +55,7 @@ class Call:
             "weights": make(sq, b, heads) / 8,
             "k": make(sk, b, 12),
             "query": make(sq, b, np, 20),
-            "key": make(sk, b, 1, 20),
+            "key": make(sk, b, self.np_k, 20),
         }
 
     def visibility(self) -> dict[str, Tensor]:
@@ -172,7 +174,7 @@ def shuffled_loss(module: Any, call: Call, inputs: dict[str, Tensor], seed: int)
         "weights": inputs["weights"][..., heads],
         "k": inputs["k"][keys][..., width],
         "query": inputs["query"][:, :, other][..., wide],
-        "key": inputs["key"][keys][..., wide],
+        "key": (inputs["key"] if call.np_k == 1 else inputs["key"][:, :, other])[keys][..., wide],
     }
     _, loss, dq, dweights, dk = run_loss(module, call, x, given=given)
     back, across = heads.argsort(), width.argsort()
