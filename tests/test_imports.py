@@ -18,10 +18,13 @@ FLOORS = [
     ["geometry"],
     ["contract", "presets", "parallel"],
     ["attention_contract"],
+    ["model_plan"],
+    ["megatron_plan"],
     ["materialized", "backends"],
     ["ops", "materialized_attention", "materialized_loss"],
     ["scores", "attention", "selected", "loss", "selection", "selection_record", "mask"],
     ["reuse", "agreement"],
+    ["integrations"],
     ["lanes"],
     ["cli"],
 ]

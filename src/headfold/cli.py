@@ -29,6 +29,7 @@ from headfold.lanes.capture import capture as run_capture
 from headfold.lanes.compiling import compiled as run_compiled
 from headfold.lanes.compiling import write as write_compiled
 from headfold.lanes.doctor import doctor as run_doctor
+from headfold.lanes.model_plan import megatron_plan
 from headfold.lanes.parity import parity as run_parity
 from headfold.lanes.plan import plan as run_plan
 from headfold.lanes.problem import Problem, from_file
@@ -80,9 +81,21 @@ def plan(
     batch: Batch = None,
     dtype: Dtype = None,
     causal: Causal = False,
+    megatron: Annotated[
+        Path | None, typer.Option(help="A YAML file of Megatron's arguments: bill the whole model, stock and patched.")
+    ] = None,
+    memory: Annotated[
+        float | None, typer.Option(min=0, help="With --megatron: GiB a device has for it; plans the longest context.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Bytes and FLOPs of a geometry, per path, against device memory. Runs nothing."""
+    if megatron is not None:
+        _exclude("--megatron", preset=preset, shape=shape, dtype=dtype, causal="causal" if causal else None)
+        room = None if memory is None else int(memory * (1 << 30))
+        _finish([megatron_plan(megatron, tokens=tokens, b=batch, memory=room)], as_json)
+    if memory is not None:
+        raise ValueError(f"--memory: needs --megatron, got {memory:g} without one.")
     _finish([run_plan(_problem(preset, shape, None, tokens, batch, dtype, causal).geometry, causal=causal)], as_json)
 
 
