@@ -1,0 +1,91 @@
+"""Tiny random models of the covered types of transformers, and the stock package in float64 for the truth."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import ModuleType
+from typing import Any
+from unittest import mock
+
+import torch
+import transformers
+from torch import Tensor
+
+from headfold.integrations.transformers import MODEL_TYPES
+
+# 16 heads, so that scores of exactly zero, and with them ties, are rare.
+SIZES: dict[str, Any] = {
+    "vocab_size": 61, "hidden_size": 40, "intermediate_size": 48, "moe_intermediate_size": 16, "num_attention_heads": 4,
+    "num_key_value_heads": 4, "n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1,
+    "kv_lora_rank": 24, "q_lora_rank": 28, "qk_rope_head_dim": 8, "qk_nope_head_dim": 12, "v_head_dim": 10,
+    "index_topk": 7, "index_head_dim": 20, "index_n_heads": 16, "initializer_range": 0.3, "pad_token_id": 0,
+    "bos_token_id": None, "eos_token_id": None,
+}  # fmt: skip
+MLPS = {"mlp_layer_types": ["dense", "sparse", "sparse", "sparse"], "num_hidden_layers": 4}
+SHARED = {"indexer_types": ["full", "full", "shared", "shared"]}
+MODELS: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "deepseek_v32": ("DeepseekV32Config", "DeepseekV32ForCausalLM", {}),
+    "glm_moe_dsa": ("GlmMoeDsaConfig", "GlmMoeDsaForCausalLM", SHARED),
+    "axk2": ("AXK2Config", "AXK2ForCausalLM", {"gated_norm_rank": 4}),
+    "hy_v4": ("HYV4Config", "HYV4ForCausalLM", SHARED),
+    "dots3_note_text": (
+        "Dots3NoteTextConfig",
+        "Dots3NoteForCausalLM",
+        {
+            "head_dim": 20, "sliding_window": 9, "swa_num_attention_heads": 2, "swa_num_key_value_heads": 2,
+            "swa_q_lora_rank": 12, "swa_kv_lora_rank": 14, "swa_head_dim": 16, "swa_qk_nope_head_dim": 10,
+            "swa_v_head_dim": 10, "shared_experts_intermediate_size": 16,
+        },
+    ),
+    "mistral_large4_text": (
+        "MistralLarge4TextConfig",
+        "MistralLarge4TextModel",
+        {**SHARED, "no_rope_layers": [1, 0, 1, 0], "kv_source_layers": [0, 1, 0, 1], "num_key_value_heads": 4},
+    ),
+}  # fmt: skip
+
+
+def config_of(name: str, **changes: Any) -> Any:
+    config, _, more = MODELS[name]
+    sizes = {**SIZES, **MLPS, **more, **changes}
+    if name == "mistral_large4_text":
+        sizes.pop("q_lora_rank", None)
+    return getattr(transformers, config)(**sizes)
+
+
+def build(name: str, seed: int = 0, attention: str | None = None, **changes: Any) -> Any:
+    """Return a model in eval mode, with random weights that none of its parts ignores."""
+    config = config_of(name, **changes)
+    torch.manual_seed(seed)
+    model = getattr(transformers, MODELS[name][1])(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() == 1:  # norms, sinks, scales: not left at what they start from
+                parameter.add_(0.2 * torch.randn_like(parameter))
+    if attention is not None:
+        model.set_attn_implementation(attention)
+    return model
+
+
+class _Torch64(ModuleType):
+    """torch, with float32 meaning float64."""
+
+    float32 = float = torch.float64
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(torch, name)
+
+
+@contextmanager
+def in_float64(name: str) -> Iterator[None]:
+    """Make what a model's file computes in float32, whatever the model's dtype, float64."""
+    with (
+        mock.patch.object(MODEL_TYPES[name].module, "torch", _Torch64("torch")),
+        mock.patch.object(Tensor, "float", Tensor.double),
+    ):
+        yield
+
+
+def tokens(b: int, s: int, seed: int = 1) -> Tensor:
+    return torch.randint(1, SIZES["vocab_size"], (b, s), generator=torch.Generator().manual_seed(seed))
