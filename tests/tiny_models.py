@@ -19,7 +19,7 @@ SIZES: dict[str, Any] = {
     "vocab_size": 61, "hidden_size": 40, "intermediate_size": 48, "moe_intermediate_size": 16, "num_attention_heads": 4,
     "num_key_value_heads": 4, "n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1,
     "kv_lora_rank": 24, "q_lora_rank": 28, "qk_rope_head_dim": 8, "qk_nope_head_dim": 12, "v_head_dim": 10,
-    "index_topk": 7, "index_head_dim": 20, "index_n_heads": 16, "initializer_range": 0.3, "pad_token_id": 0,
+    "index_topk": 7, "index_head_dim": 20, "index_n_heads": 16, "initializer_range": 0.3, "pad_token_id": None,
     "bos_token_id": None, "eos_token_id": None,
 }  # fmt: skip
 MLPS = {"mlp_layer_types": ["dense", "sparse", "sparse", "sparse"], "num_hidden_layers": 4}
@@ -40,8 +40,8 @@ MODELS: dict[str, tuple[str, str, dict[str, Any]]] = {
     ),
     "mistral_large4_text": (
         "MistralLarge4TextConfig",
-        "MistralLarge4TextModel",
-        {**SHARED, "no_rope_layers": [1, 0, 1, 0], "kv_source_layers": [0, 1, 0, 1], "num_key_value_heads": 4},
+        "MistralLarge4ForConditionalGeneration",
+        {**SHARED, "no_rope_layers": [1, 0, 1, 0], "kv_source_layers": [0, 1, 0, 1]},
     ),
 }  # fmt: skip
 
@@ -50,7 +50,11 @@ def config_of(name: str, **changes: Any) -> Any:
     config, _, more = MODELS[name]
     sizes = {**SIZES, **MLPS, **more, **changes}
     if name == "mistral_large4_text":
-        sizes.pop("q_lora_rank", None)
+        del sizes["q_lora_rank"]
+        text = transformers.MistralLarge4TextConfig(**sizes)
+        vision = {"model_type": "pixtral", "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1}
+        vision |= {"num_attention_heads": 2, "image_size": 16, "patch_size": 8}
+        return transformers.MistralLarge4Config(text_config=text, vision_config=vision)
     return getattr(transformers, config)(**sizes)
 
 
@@ -63,6 +67,7 @@ def build(name: str, seed: int = 0, attention: str | None = None, **changes: Any
         for parameter in model.parameters():
             if parameter.dim() == 1:  # norms, sinks, scales: not left at what they start from
                 parameter.add_(0.2 * torch.randn_like(parameter))
+    model.set_experts_implementation("eager")  # the grouped product takes no float64
     if attention is not None:
         model.set_attn_implementation(attention)
     return model

@@ -32,6 +32,10 @@ class VisibleKeys:
     def __getitem__(self, index: Any) -> VisibleKeys:
         return self
 
+    def contiguous(self) -> VisibleKeys:
+        """Return itself; `generate` asks every mask for it."""
+        return self
+
     def to(self, *args: Any, **kwargs: Any) -> VisibleKeys:
         """Move what it holds, as a tensor does; models spread over devices ask for it between layers."""
         start, end, padding, rows = (

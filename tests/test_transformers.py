@@ -1,0 +1,445 @@
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from types import MethodType
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+import transformers
+from tiny_models import MODELS, SIZES, build, config_of, in_float64, tokens
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from transformers import AutoModelForCausalLM, StaticCache
+from transformers.monkey_patching import get_patch_mapping
+
+from headfold import UnsupportedError
+from headfold.integrations.patching import PatchError
+from headfold.integrations.transformers import apply, register
+from headfold.lanes.budget import spend
+from headfold.lanes.measure import allocator_peak
+
+NAMES = list(MODELS)
+PADDING = ("none", "left", "right")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread() -> Iterator[None]:
+    """Tiny products lose by a second thread, and tenfold where others compute beside it."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def padding_of(ids: Tensor, side: str) -> Tensor | None:
+    if side == "none":
+        return None
+    mask = torch.ones_like(ids)
+    mask[1, slice(None, 6) if side == "left" else slice(-6, None)] = 0
+    return mask
+
+
+def step(model: Any, ids: Tensor, mask: Tensor | None, *, uncounted: int = 0, **inputs: Any) -> dict[str, Tensor]:
+    """Logits of real tokens, loss, and every gradient of one training step, beside sequences that do not count."""
+    kept = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.bool()
+    labels = ids.masked_fill(~kept, -100)
+    if uncounted:
+        more = tokens(uncounted, ids.shape[1], seed=7)
+        ids, labels = torch.cat([more, ids]), torch.cat([torch.full_like(more, -100), labels])
+        mask = None if mask is None else torch.cat([torch.ones_like(more), mask])
+    model.zero_grad(set_to_none=True)
+    out = model(input_ids=ids, attention_mask=mask, labels=labels, use_cache=False, **inputs)
+    out.loss.backward()
+    grads = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    return {"logits": out.logits.detach()[uncounted:][kept], "loss": out.loss.detach()[None], **grads}
+
+
+def far_apart(got: dict[str, Tensor], wanted: dict[str, Tensor], share: float) -> list[str]:
+    """Names whose largest error exceeds a share of the largest value."""
+    assert got.keys() == wanted.keys()
+    return [
+        f"{name} {float((got[name] - x).abs().max() / x.abs().max()):.1e}"
+        for name, x in wanted.items()
+        if not (got[name] - x).abs().max() <= share * x.abs().max()
+    ]
+
+
+@pytest.mark.parametrize("side", PADDING)
+@pytest.mark.parametrize("name", NAMES)
+def test_patched_and_stock_are_one_model_in_float64(name: str, side: str) -> None:
+    model, ids = build(name).double(), tokens(2, 41)
+    mask = padding_of(ids, side)
+    with in_float64(name):
+        stock = step(model, ids, mask)
+        with apply(model):
+            patched = step(model, ids, mask)
+        with apply(model, attention=False):
+            scorer_alone = step(model, ids, mask)
+    assert len(stock) > 40
+    assert not any("indexer" in entry for entry in stock)
+    assert not far_apart(patched, stock, 1e-11)
+    assert not far_apart(scorer_alone, stock, 1e-11)
+
+
+@pytest.mark.parametrize("side", PADDING)
+@pytest.mark.parametrize("name", NAMES)
+def test_patched_keeps_the_error_budget_beside_eager_and_sdpa(name: str, side: str) -> None:
+    ids = tokens(2, 41)
+    mask = padding_of(ids, side)
+    model = build(name)
+    kinds = ["eager"] if name == "hy_v4" else ["eager", "sdpa"]  # hy_v4 has no sdpa
+    bases = []
+    for kind in kinds:
+        model.set_attn_implementation(kind)
+        # Beside rows that do not count, sums over the batch and products are rounded otherwise.
+        bases += [step(model, ids, mask, uncounted=rows) for rows in range(4)]
+    with apply(model):
+        got = step(model, ids, mask)
+    with in_float64(name):
+        truth = step(model.double(), ids, mask)
+    for entry, x in got.items():
+        spent = spend(x, truth[entry], [base[entry] for base in bases], x.dim())
+        assert spent.kept, (entry, spent)
+
+
+def packed_positions(*lengths: int) -> Tensor:
+    return torch.cat([torch.arange(length) for length in lengths])[None]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_packed_positions_keep_sequences_apart(name: str) -> None:
+    model, ids = build(name).double(), tokens(2, 41)
+    positions = packed_positions(17, 3, 21).expand(2, -1)
+    with in_float64(name):
+        stock = step(model, ids, None, position_ids=positions)
+        with apply(model):
+            patched = step(model, ids, None, position_ids=positions)
+            together = step(model, ids, None)
+            other = ids.clone()
+            other[:, :20] = ids[:, :20].flip(1)
+            elsewhere = step(model, other, None, position_ids=positions)
+    assert not far_apart(patched, stock, 1e-11)
+    assert far_apart({"logits": patched["logits"]}, {"logits": together["logits"]}, 1e-3)
+    last = patched["logits"].view(2, 41, -1)[:, 20:], elsewhere["logits"].view(2, 41, -1)[:, 20:]
+    torch.testing.assert_close(*last, rtol=0, atol=1e-11)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_bool_mask_of_the_callers_hides_what_it_hides_in_stock(name: str) -> None:
+    model, ids = build(name, attention="eager" if name == "hy_v4" else "sdpa").double(), tokens(2, 30)
+    causal = torch.ones(30, 30, dtype=torch.bool).tril()
+    mask = causal & (torch.rand(2, 1, 30, 30, generator=torch.Generator().manual_seed(5)) < 0.7) | torch.eye(30).bool()
+    additive = torch.zeros(2, 1, 30, 30).double().masked_fill(~mask, torch.finfo(torch.float64).min)
+    with in_float64(name), torch.no_grad():
+        stock = model(input_ids=ids, attention_mask=additive if name == "hy_v4" else mask, use_cache=False).logits
+        with apply(model):
+            patched = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
+            with pytest.raises(UnsupportedError, match="dtype bool, got torch.float64"):
+                model(input_ids=ids, attention_mask=additive, use_cache=False)
+    torch.testing.assert_close(patched, stock, rtol=0, atol=1e-10)
+
+
+def cache_of(model: Any, kind: str, longest: int) -> Any:
+    config = model.config.get_text_config()
+    return StaticCache(config, max_cache_len=longest) if kind == "static" else transformers.DynamicCache(config=config)
+
+
+@pytest.mark.parametrize("kind", ["dynamic", "static"])
+@pytest.mark.parametrize("name", NAMES)
+def test_cached_decode_agrees_with_one_full_forward(name: str, kind: str) -> None:
+    model, ids = build(name).double(), tokens(2, 30)
+    mask = padding_of(ids, "left")
+    assert mask is not None
+    positions = (mask.cumsum(-1) - 1).clamp(min=0)
+    with in_float64(name), torch.no_grad(), apply(model):
+        whole = model(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=False).logits
+        cache, parts = cache_of(model, kind, 37), []
+        for first, end in [(0, 14), (14, 21), *((i, i + 1) for i in range(21, 30))]:
+            part = {"attention_mask": mask[:, :end], "position_ids": positions[:, first:end]}
+            parts.append(model(input_ids=ids[:, first:end], past_key_values=cache, use_cache=True, **part).logits)
+    kept = mask.bool()
+    torch.testing.assert_close(torch.cat(parts, 1)[kept], whole[kept], rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("kind", [None, "static"])
+@pytest.mark.parametrize("name", NAMES)
+def test_generated_tokens_are_those_of_stock(name: str, kind: str | None) -> None:
+    model, ids = build(name), tokens(2, 19)
+    mask = padding_of(ids, "left")
+    run = {"attention_mask": mask, "max_new_tokens": 10, "do_sample": False, "cache_implementation": kind}
+    stock = model.generate(ids, **run)
+    with apply(model):
+        patched = model.generate(ids, **run)
+        beams = model.generate(ids, **{**run, "max_new_tokens": 3}, num_beams=2) if kind is None else None
+    assert torch.equal(patched, stock)
+    assert len(set(stock[0, 19:].tolist())) > 2
+    if beams is not None:
+        assert torch.equal(beams, model.generate(ids, **{**run, "max_new_tokens": 3}, num_beams=2))
+
+
+def tied(name: str) -> Any:
+    """A model whose scores are all exactly zero: every key of a row ties."""
+    model = build(name).double()
+    for entry, parameter in model.named_parameters():
+        if "weights_proj" in entry:
+            torch.nn.init.zeros_(parameter)
+    return model
+
+
+@torch.no_grad()
+def decoding_differs(model: Any, ids: Tensor) -> float:
+    whole = model(input_ids=ids, use_cache=False).logits
+    cache, first = transformers.DynamicCache(config=model.config.get_text_config()), ids.shape[1] - 6
+    model(input_ids=ids[:, :first], past_key_values=cache, use_cache=True)
+    rows = [
+        model(input_ids=ids[:, i : i + 1], past_key_values=cache, use_cache=True).logits
+        for i in range(first, len(ids[0]))
+    ]
+    return float((torch.cat(rows, 1) - whole[:, first:]).abs().max())
+
+
+def test_ties_go_to_the_smallest_key_so_that_decode_agrees_with_its_own_prefill() -> None:
+    model, ids = tied("deepseek_v32"), tokens(1, 60)
+    with in_float64("deepseek_v32"):
+        assert decoding_differs(model, ids) > 1e-3
+        with apply(model):
+            assert decoding_differs(model, ids) < 1e-10
+
+
+class Largest(TorchDispatchMode):
+    """The largest storage, in elements, that any op returns."""
+
+    elements, op = 0, ""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for x in tree_leaves(result):
+            if isinstance(x, Tensor):
+                elements = x.untyped_storage().nbytes() // x.element_size()
+                if elements > self.elements:
+                    self.elements, self.op = elements, str(func)
+        return result
+
+
+@contextmanager
+def largest() -> Iterator[Largest]:
+    with Largest() as mode:
+        yield mode
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_no_op_of_the_model_makes_a_tensor_of_queries_by_keys(name: str) -> None:
+    model, s = build(name), 390  # 390 · 390 elements are more than all that grows with the length alone
+    ids = tokens(1, s)
+    mask = torch.ones_like(ids)
+    mask[:, :9] = 0
+    with largest() as stock, torch.no_grad():
+        model(input_ids=ids, attention_mask=mask, use_cache=False)
+    assert stock.elements >= 16 * s * s, stock.op
+    with apply(model):
+        for given in (mask, None):
+            with largest() as patched:
+                step(model, ids, given)
+            assert patched.elements < s * s, patched.op
+        model.train()
+        with apply_training(model), largest() as trained:
+            step(model, ids, mask)
+        assert trained.elements < s * s, trained.op
+
+
+def apply_training(model: Any) -> Any:
+    return nullcontext()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_checkpointing_changes_nothing(name: str) -> None:
+    model, ids = build(name).double(), tokens(2, 33)
+    with in_float64(name), apply(model):
+        model.train()
+        plain = step(model, ids, None)
+        model.activation_checkpointing_enable()
+        checkpointed = step(model, ids, None)
+    assert not far_apart(checkpointed, plain, 1e-14)
+
+
+def test_the_scorers_peak_falls_eightfold() -> None:
+    model = build("deepseek_v32", num_hidden_layers=1, index_n_heads=32, mlp_layer_types=["dense"])
+    indexer = model.model.layers[0].self_attn.indexer
+    s = 1024
+    hidden, latent = torch.randn(1, s, 40), torch.randn(1, s, 28)
+    places = torch.arange(s)[None]
+    turns = model.model.rotary_emb(hidden, places)
+    causal = torch.ones(1, s, s, dtype=torch.bool).tril()
+
+    def run() -> Any:
+        with torch.no_grad():
+            return indexer(hidden, latent, turns, causal, places)
+
+    stock = allocator_peak(run, torch.device("cpu")).peak
+    with apply(model, attention=False, workspace=16 << 20):
+        patched = allocator_peak(run, torch.device("cpu")).peak
+    assert stock > 2 * 4 * 32 * s * s
+    assert patched * 8 < stock, (patched, stock)
+
+
+def identities(model: Any) -> dict[str, Any]:
+    """All that a model's modules and configuration hold, by identity."""
+    held = {f"{name}.{key}": id(x) for name, m in model.named_modules() for key, x in vars(m).items()}
+    for name, m in model.named_modules():
+        for table in (m._forward_hooks, m._forward_pre_hooks, m._parameters, m._buffers):
+            held |= {f"{name}#{len(held)}": (key, id(x)) for key, x in table.items()}
+        if hasattr(m, "config"):
+            held |= {f"{name}.config.{key}": id(x) for key, x in vars(m.config).items()}
+    return held
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_undo_restores_identity_and_the_state_dict_never_changes(name: str) -> None:
+    model = build(name)
+    before, state = identities(model), list(model.state_dict())
+    required = [parameter.requires_grad for parameter in model.parameters()]
+    patch = apply(model, indexer_loss_coeff=1.0, stage="indexer")
+    assert identities(model) != before
+    assert list(model.state_dict()) == state
+    assert "forward" in str(patch.status())
+    with pytest.raises(PatchError, match="not on headfold yet"):
+        apply(model)
+    patch.undo()
+    assert identities(model) == before
+    assert [parameter.requires_grad for parameter in model.parameters()] == required
+    with apply(model):
+        assert identities(model) != before
+    assert identities(model) == before
+
+
+def test_two_models_are_patched_apart() -> None:
+    one, two, ids = build("glm_moe_dsa"), build("glm_moe_dsa", seed=1), tokens(1, 20)
+    first, second = apply(one), apply(two)
+    first.undo()
+    assert one.config._attn_implementation == "sdpa"
+    with torch.no_grad():
+        patched = two(input_ids=ids).logits
+        second.undo()
+        torch.testing.assert_close(patched, two(input_ids=ids).logits, rtol=0, atol=1e-4)
+
+
+def test_other_model_types_are_refused_by_name() -> None:
+    config = transformers.LlamaConfig(
+        vocab_size=9, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2
+    )
+    with pytest.raises(PatchError, match=r"one of deepseek_v32, .*, got 'llama'"):
+        apply(transformers.LlamaForCausalLM(config))
+    for name in ("deepseek_v4", "qwen4_exp", "glm5_next"):
+        with pytest.raises(PatchError, match=f"got '{name}'"):
+            register(name)
+    with pytest.raises(TypeError, match="must be a PreTrainedModel, got Linear"):
+        apply(torch.nn.Linear(1, 1))  # type: ignore[arg-type]
+
+
+def test_a_model_without_an_indexer_is_refused() -> None:
+    layers = {"layer_types": ["sliding_attention"] * 4}
+    with pytest.raises(PatchError, match="layers with an indexer, got none in Dots3NoteForCausalLM"):
+        apply(build("dots3_note_text", **layers))
+
+
+@pytest.mark.parametrize("call", [apply, lambda model: register()])
+def test_another_version_is_refused_with_what_was_found(call: Any) -> None:
+    model = build("axk2")
+    before = identities(model)
+    with (
+        mock.patch.object(sys.modules["transformers"], "__version__", "5.24.0"),
+        pytest.raises(PatchError, match=r"needs transformers >= 5.23, < 5.24, got 5.24.0"),
+    ):
+        call(model)
+    assert identities(model) == before
+    assert not get_patch_mapping()
+
+
+def test_another_signature_is_refused_with_what_was_found() -> None:
+    def forward(self: Any, hidden_states: Tensor, mask: Tensor) -> Tensor:
+        return hidden_states
+
+    model = build("axk2")
+    before = identities(model)
+    indexer = type(model.model.layers[0].self_attn.indexer)
+    with mock.patch.object(indexer, "forward", forward):
+        for call in (lambda: apply(model), lambda: register("axk2")):
+            with pytest.raises(PatchError, match=r"past_key_values=None\), got \(self, hidden_states, mask\)"):
+                call()
+    assert identities(model) == before
+    model.model.layers[3].self_attn.indexer.forward = MethodType(forward, indexer)
+    with pytest.raises(PatchError, match="got"):
+        apply(model)
+
+
+def test_an_indexer_without_a_part_of_its_scorer_is_refused() -> None:
+    model = build("axk2")
+    del model.model.layers[1].self_attn.indexer.k_norm
+    with pytest.raises(PatchError, match="AXK2Indexer must have k_norm"):
+        apply(model)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        ({"stage": "warmup"}, "stage must be one of 'indexer', 'joint', got 'warmup'"),
+        ({"sparse": 2}, "sparse must be one of None, True, False, got 2"),
+        ({"workspace": -1}, "workspace must be at least 0 bytes, got -1"),
+        ({"indexer_loss_coeff": "1"}, "indexer_loss_coeff must be a Python number, got str"),
+        ({"indexer_loss_coeff": 1.0, "attention": False}, "needs attention=True, got False"),
+    ],
+)
+def test_bad_arguments_are_refused_before_anything_changes(arguments: dict[str, Any], sentence: str) -> None:
+    model = build("axk2")
+    before = identities(model)
+    with pytest.raises((TypeError, ValueError), match=sentence):
+        apply(model, **arguments)
+    assert identities(model) == before
+
+
+def test_dropout_is_refused() -> None:
+    model = build("axk2", attention_dropout=0.1).train()
+    with apply(model), pytest.raises(UnsupportedError, match=r"has no dropout, got 0.1"):
+        model(input_ids=tokens(1, 9))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_registered_models_are_made_on_headfold(name: str, tmp_path: Any) -> None:
+    ids, source = tokens(2, 20), build(name)
+    with torch.no_grad():
+        stock = source(input_ids=ids).logits
+    source.save_pretrained(tmp_path)
+    kind = type(source)
+    with register(name):
+        loaded = kind.from_pretrained(tmp_path, attn_implementation="headfold")
+        scorer_alone = kind.from_pretrained(tmp_path)
+        made = kind._from_config(config_of(name), attn_implementation="headfold")
+    plain = kind.from_pretrained(tmp_path)
+    indexers = [
+        {type(m).__name__ for m in x.modules() if "Indexer" in type(m).__name__}
+        for x in (loaded, scorer_alone, made, plain)
+    ]
+    assert all(found == {f"Headfold{next(iter(indexers[3]))}"} for found in indexers[:3])
+    assert not next(iter(indexers[3])).startswith("Headfold")
+    assert loaded.state_dict().keys() == source.state_dict().keys()
+    for model in (loaded, scorer_alone):
+        with torch.no_grad(), largest() as seen:
+            torch.testing.assert_close(model(input_ids=ids).logits, stock, rtol=0, atol=1e-4)
+        assert ("headfold.index_topk" in seen.op) is False
+    assert loaded.config.get_text_config()._attn_implementation == "headfold"
+
+
+def test_registering_twice_is_refused_and_undone() -> None:
+    patch = register("glm_moe_dsa")
+    with pytest.raises(PatchError, match="needs GlmMoeDsaIndexer to have no patch mapping"):
+        register()
+    patch.undo()
+    assert not get_patch_mapping()
+    with register():
+        assert len(get_patch_mapping()) == 6
+        assert isinstance(AutoModelForCausalLM.from_config(config_of("axk2")), transformers.AXK2ForCausalLM)
