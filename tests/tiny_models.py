@@ -8,6 +8,7 @@ from types import ModuleType
 from typing import Any
 from unittest import mock
 
+import pytest
 import torch
 import transformers
 from torch import Tensor
@@ -44,6 +45,17 @@ MODELS: dict[str, tuple[str, str, dict[str, Any]]] = {
         {**SHARED, "no_rope_layers": [1, 0, 1, 0], "kv_source_layers": [0, 1, 0, 1]},
     ),
 }  # fmt: skip
+
+NAMES = list(MODELS)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread() -> Iterator[None]:
+    """Tiny products lose by a second thread, and tenfold where others compute beside it."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 def config_of(name: str, **changes: Any) -> Any:
@@ -94,3 +106,36 @@ def in_float64(name: str) -> Iterator[None]:
 
 def tokens(b: int, s: int, seed: int = 1) -> Tensor:
     return torch.randint(1, SIZES["vocab_size"], (b, s), generator=torch.Generator().manual_seed(seed))
+
+
+def padding_of(ids: Tensor, side: str) -> Tensor | None:
+    if side == "none":
+        return None
+    mask = torch.ones_like(ids)
+    mask[1, slice(None, 6) if side == "left" else slice(-6, None)] = 0
+    return mask
+
+
+def step(model: Any, ids: Tensor, mask: Tensor | None, *, uncounted: int = 0, **inputs: Any) -> dict[str, Tensor]:
+    """Logits of real tokens, loss, and every gradient of one training step, beside sequences that do not count."""
+    kept = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.bool()
+    labels = ids.masked_fill(~kept, -100)
+    if uncounted:
+        more = tokens(uncounted, ids.shape[1], seed=7)
+        ids, labels = torch.cat([more, ids]), torch.cat([torch.full_like(more, -100), labels])
+        mask = None if mask is None else torch.cat([torch.ones_like(more), mask])
+    model.zero_grad(set_to_none=True)
+    out = model(input_ids=ids, attention_mask=mask, labels=labels, use_cache=False, **inputs)
+    out.loss.backward()
+    grads = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    return {"logits": out.logits.detach()[uncounted:][kept], "loss": out.loss.detach()[None], **grads}
+
+
+def far_apart(got: dict[str, Tensor], wanted: dict[str, Tensor], share: float) -> list[str]:
+    """Names whose largest error exceeds a share of the largest value."""
+    assert got.keys() == wanted.keys()
+    return [
+        f"{name} {float((got[name] - x).abs().max() / x.abs().max()):.1e}"
+        for name, x in wanted.items()
+        if not (got[name] - x).abs().max() <= share * x.abs().max()
+    ]
