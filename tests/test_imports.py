@@ -16,6 +16,8 @@ FLOORS = [
     ["tiles", "bills"],
     ["geometry", "layout", "keyrange", "loss_tiles"],
     ["contract", "presets", "attention_tiles", "parallel"],
+    ["model_plan"],
+    ["megatron_plan"],
     ["materialized", "backends"],
     ["ops", "materialized_attention", "materialized_loss"],
     ["scores", "attention", "selected", "loss", "selection", "selection_record", "mask"],

@@ -45,11 +45,14 @@ class Requires:
         except AttributeError:
             raise PatchError(f"{self._need}, got a {self.module} without a __version__.") from None
 
+    def serves(self) -> bool:
+        """Whether the version is within the range."""
+        return _numbers(self.at_least) <= _numbers(self.found()) < _numbers(self.below)
+
     def check(self) -> None:
         """Refuse a version outside the range."""
-        version = self.found()
-        if not _numbers(self.at_least) <= _numbers(version) < _numbers(self.below):
-            raise PatchError(f"{self._need}, got {version}.")
+        if not self.serves():
+            raise PatchError(f"{self._need}, got {self.found()}.")
 
     @property
     def _need(self) -> str:
