@@ -17,7 +17,7 @@ FLOORS = [
     ["geometry", "layout", "keyrange", "loss_tiles"],
     ["contract", "presets", "attention_tiles", "parallel"],
     ["model_plan"],
-    ["megatron_plan"],
+    ["megatron_plan", "transformers_plan"],
     ["materialized", "backends"],
     ["ops", "materialized_attention", "materialized_loss"],
     ["scores", "attention", "selected", "loss", "selection", "selection_record", "mask"],

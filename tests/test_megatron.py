@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from megatron_cases import ALONE, ATTENTION, DSA, LOSSES, SCALE, Call, leaves, reordered, run_loss, true_loss
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -18,6 +17,7 @@ from headfold.integrations import megatron
 from headfold.integrations.patching import PatchError
 from headfold.lanes.budget import spend
 from headfold.lanes.measure import allocator_peak
+from megatron_cases import ALONE, ATTENTION, DSA, LOSSES, SCALE, Call, leaves, reordered, run_loss, true_loss
 
 pytest.importorskip("megatron.core")
 dsa: Any = importlib.import_module(DSA)

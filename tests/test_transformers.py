@@ -258,7 +258,9 @@ def test_the_scorers_peak_falls_eightfold() -> None:
 
 def identities(model: Any) -> dict[str, object]:
     """All that a model's modules and configuration hold, by identity."""
-    held: dict[str, object] = {f"{name}.{key}": id(x) for name, m in model.named_modules() for key, x in vars(m).items()}
+    held: dict[str, object] = {
+        f"{name}.{key}": id(x) for name, m in model.named_modules() for key, x in vars(m).items()
+    }
     for name, m in model.named_modules():
         for table in (m._forward_hooks, m._forward_pre_hooks, m._parameters, m._buffers):
             held |= {f"{name}#{len(held)}": (key, id(x)) for key, x in table.items()}

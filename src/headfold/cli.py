@@ -26,6 +26,7 @@ from headfold.lanes import report
 from headfold.lanes.agree import agree as run_agree
 from headfold.lanes.agree import at_dtypes, from_files
 from headfold.lanes.capture import capture as run_capture
+from headfold.lanes.config_plan import config_plan as run_config_plan
 from headfold.lanes.doctor import doctor as run_doctor
 from headfold.lanes.parity import parity as run_parity
 from headfold.lanes.plan import plan as run_plan
@@ -75,9 +76,19 @@ def plan(
     batch: Batch = None,
     dtype: Dtype = None,
     causal: Causal = False,
+    model: Annotated[
+        Path | None,
+        typer.Option(help="A config.json of transformers: bill the whole model."),
+    ] = None,
+    memory: Annotated[float | None, typer.Option(min=0, help="GiB of the device that --model should fit.")] = None,
     as_json: Json = False,
 ) -> None:
-    """Bytes and FLOPs of a geometry, per path, against device memory. Runs nothing."""
+    """Bytes and FLOPs of a geometry, per path, against device memory; or the bill of a whole model. Runs nothing."""
+    if model is not None:
+        _exclude("--model", preset=preset, shape=shape)
+        size = None if memory is None else int(memory * (1 << 30))
+        _finish([run_config_plan(model, tokens=tokens or 4096, b=batch or 1, dtype=dtype, memory=size)], as_json)
+        return
     _finish([run_plan(_problem(preset, shape, None, tokens, batch, dtype, causal).geometry, causal=causal)], as_json)
 
 
