@@ -22,7 +22,9 @@ from headfold import UnsupportedError
 from headfold.integrations.patching import PatchError
 from headfold.integrations.transformers import apply, register
 from headfold.lanes.budget import spend
-from headfold.lanes.measure import allocator_peak
+from headfold.lanes.measure import allocator_peak, in_fresh_process, process_peak
+from headfold.model_plan import plan_model
+from headfold.transformers_plan import from_config, stock_step
 from tiny_models import NAMES, build, config_of, far_apart, in_float64, one_thread, padding_of, step, tokens
 
 __all__ = ["one_thread"]
@@ -427,3 +429,30 @@ def test_registering_twice_is_refused_and_undone() -> None:
     with register():
         assert len(get_patch_mapping()) == 6
         assert isinstance(AutoModelForCausalLM.from_config(config_of("axk2")), transformers.AXK2ForCausalLM)
+
+
+def forward_peak(patched: bool, s: int) -> int:
+    """Bytes of the process for one forward of one layer with 32 indexer heads, in a fresh process."""
+    torch.set_num_threads(1)
+    sizes = {"num_hidden_layers": 1, "index_n_heads": 32, "mlp_layer_types": ["dense"]}
+    model = build("deepseek_v32", attention="sdpa", **sizes)  # type: ignore[arg-type]
+    if patched:
+        apply(model)
+
+    def run() -> None:
+        with torch.no_grad():
+            model(input_ids=tokens(1, s), use_cache=False, logits_to_keep=1)
+
+    with torch.no_grad():
+        model(input_ids=tokens(1, 64), use_cache=False)
+    return process_peak(run)
+
+
+@pytest.mark.slow
+def test_the_process_s_peak_of_a_forward_falls_as_planned() -> None:
+    s = 4096
+    stock, patched = (in_fresh_process(forward_peak, patched, s) for patched in (False, True))
+    config = config_of("deepseek_v32", num_hidden_layers=1, index_n_heads=32, mlp_layer_types=["dense"]).to_dict()
+    bill = plan_model(from_config(config, "config", dtype="float32"), s, stock=stock_step)
+    assert 0.8 * (bill.stock - bill.headfold) <= stock - patched <= 1.25 * (bill.stock - bill.headfold)
+    assert patched * 8 < stock
