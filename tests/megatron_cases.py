@@ -116,10 +116,12 @@ def leaves(inputs: dict[str, Tensor], names: tuple[str, ...]) -> dict[str, Tenso
     return {name: x.detach().clone().requires_grad_(name in names) for name, x in inputs.items()}
 
 
-def run_loss(module: Any, call: Call, inputs: dict[str, Tensor], group: Any = ALONE) -> list[Tensor]:
+def run_loss(
+    module: Any, call: Call, inputs: dict[str, Tensor], group: Any = ALONE, given: dict[str, Any] | None = None
+) -> list[Tensor]:
     """Return indices, loss, dq, dweights and dk of FusedDSAIndexerLoss, with another factor on the loss."""
     x = leaves(inputs, ("q", "weights", "k"))
-    given = call.visibility()
+    given = call.visibility() if given is None else given
     key = x["key"].expand(-1, -1, x["query"].shape[2], -1) if x["key"].shape[2] == 1 else x["key"]
     indices, loss = module.FusedDSAIndexerLoss.apply(
         x["q"],
@@ -144,22 +146,32 @@ def run_loss(module: Any, call: Call, inputs: dict[str, Tensor], group: Any = AL
     return [indices, loss.detach(), *(x[name].grad for name in ("q", "weights", "k"))]
 
 
-def reordered(inputs: dict[str, Tensor], seed: int) -> tuple[dict[str, Tensor], Tensor, Tensor]:
-    """Return the inputs with heads and channels shuffled, and the orders of q's: sums in another order, no more."""
+def shuffled_loss(module: Any, call: Call, inputs: dict[str, Tensor], seed: int) -> list[Tensor]:
+    """Return loss, dq, dweights and dk of run_loss with every sum, forward and backward, taken in a shuffled order."""
     generator = torch.Generator().manual_seed(seed)
-    heads, width = (torch.randperm(n, generator=generator) for n in inputs["q"].shape[2:])
-    other, wide = (torch.randperm(n, generator=generator) for n in inputs["query"].shape[2:])
-    return (
-        {
-            "q": inputs["q"][:, :, heads][..., width],
-            "weights": inputs["weights"][..., heads],
-            "k": inputs["k"][..., width],
-            "query": inputs["query"][:, :, other][..., wide],
-            "key": inputs["key"][..., wide],
-        },
-        heads.argsort(),
-        width.argsort(),
-    )
+
+    def shuffled(n: int) -> Tensor:
+        return torch.randperm(n, generator=generator)
+
+    heads, width = (shuffled(n) for n in inputs["q"].shape[2:])
+    other, wide = (shuffled(n) for n in inputs["query"].shape[2:])
+    given, keys = call.visibility(), torch.arange(call.sk)
+    if given:  # without bounds and mask the loss is causal in the order of its keys
+        keys = shuffled(call.sk)
+    if "mask" in given:
+        given["mask"] = given["mask"][..., keys]
+    elif given:
+        given["key_positions"] = given.get("key_positions", torch.arange(call.sk))[keys]
+    x = {
+        "q": inputs["q"][:, :, heads][..., width],
+        "weights": inputs["weights"][..., heads],
+        "k": inputs["k"][keys][..., width],
+        "query": inputs["query"][:, :, other][..., wide],
+        "key": inputs["key"][keys][..., wide],
+    }
+    _, loss, dq, dweights, dk = run_loss(module, call, x, given=given)
+    back, across = heads.argsort(), width.argsort()
+    return [loss, dq[:, :, back][..., across], dweights[..., back], dk[keys.argsort()][..., across]]
 
 
 def true_scores(call: Call, x: dict[str, Tensor]) -> Tensor:
@@ -174,7 +186,7 @@ def true_choice(call: Call, scores: Tensor) -> Tensor:
     hidden = ~call.seen(selecting=True)
     masked = scores.detach().masked_fill(hidden, -torch.inf)
     order = call.visibility().get("key_positions", torch.arange(call.sk)).argsort()
-    best, indices = masked[..., order].sort(-1, descending=True, stable=True)
+    best, indices = masked[..., order].sort(dim=-1, descending=True, stable=True)
     return order[indices].masked_fill(best == -torch.inf, -1)[..., : min(TOPK, call.sk)]
 
 

@@ -26,8 +26,9 @@ from headfold.lanes import report
 from headfold.lanes.agree import agree as run_agree
 from headfold.lanes.agree import at_dtypes, from_files
 from headfold.lanes.capture import capture as run_capture
-from headfold.lanes.config_plan import config_plan as run_config_plan
+from headfold.lanes.config_plan import config_plan
 from headfold.lanes.doctor import doctor as run_doctor
+from headfold.lanes.model_plan import megatron_plan
 from headfold.lanes.parity import parity as run_parity
 from headfold.lanes.plan import plan as run_plan
 from headfold.lanes.problem import Problem, from_file
@@ -76,19 +77,29 @@ def plan(
     batch: Batch = None,
     dtype: Dtype = None,
     causal: Causal = False,
-    model: Annotated[
-        Path | None,
-        typer.Option(help="A config.json of transformers: bill the whole model."),
+    megatron: Annotated[
+        Path | None, typer.Option(help="A YAML file of Megatron's arguments: bill the whole model, stock and patched.")
     ] = None,
-    memory: Annotated[float | None, typer.Option(min=0, help="GiB of the device that --model should fit.")] = None,
+    model: Annotated[
+        Path | None, typer.Option(help="A config.json of transformers: bill the whole model, stock and on headfold.")
+    ] = None,
+    memory: Annotated[
+        float | None, typer.Option(min=0, help="With a whole model: GiB of a device; plans the longest context.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
-    """Bytes and FLOPs of a geometry, per path, against device memory; or the bill of a whole model. Runs nothing."""
+    """Bytes and FLOPs of a geometry, per path, against device memory; or a whole model's bill. Runs nothing."""
+    room = None if memory is None else int(memory * (1 << 30))
+    if megatron is not None:
+        _exclude(
+            "--megatron", preset=preset, shape=shape, model=model, dtype=dtype, causal="causal" if causal else None
+        )
+        _finish([megatron_plan(megatron, tokens=tokens, b=batch, memory=room)], as_json)
     if model is not None:
-        _exclude("--model", preset=preset, shape=shape)
-        size = None if memory is None else int(memory * (1 << 30))
-        _finish([run_config_plan(model, tokens=tokens or 4096, b=batch or 1, dtype=dtype, memory=size)], as_json)
-        return
+        _exclude("--model", preset=preset, shape=shape, causal="causal" if causal else None)
+        _finish([config_plan(model, tokens=tokens or 4096, b=batch or 1, dtype=dtype, memory=room)], as_json)
+    if memory is not None:
+        raise ValueError(f"--memory: needs --megatron or --model, got {memory:g} without one.")
     _finish([run_plan(_problem(preset, shape, None, tokens, batch, dtype, causal).geometry, causal=causal)], as_json)
 
 
