@@ -119,7 +119,8 @@ def capture(model: Any, text: bytes, rows: int, layer: int) -> Capture:
         )
     hidden, latent, turns, _, places = seen.inputs
     q, weights, _ = operands(MODEL_TYPES["deepseek_v32"], indexer, hidden, latent, turns, places)
-    keys = cache.layers[layer].indexer_keys  # those of this step, after those of the steps before
+    kept: Any = cache.layers[layer]
+    keys = kept.indexer_keys  # those of this step, after those of the steps before
     return Capture(q, weights, keys, float(indexer.softmax_scale), *seen.selections[0])
 
 

@@ -128,3 +128,10 @@ def test_no_file_and_no_json_are_refused(tmp_path: Path) -> None:
     for path in (tmp_path / "none.json", tmp_path / "broken.json"):
         with pytest.raises(ValueError, match="needs a configuration of transformers in JSON, got"):
             config_plan(path)
+
+
+def test_the_command_refuses_what_does_not_go_together(tmp_path: Path) -> None:
+    path = str(written("axk2", tmp_path))
+    for more in (["--memory", "1"], ["--model", path, "--preset", "glm-5"], ["--model", path, "--causal"]):
+        result = CliRunner().invoke(app, ["plan", *more])
+        assert isinstance(result.exception, ValueError), more

@@ -4,6 +4,7 @@ import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from copy import deepcopy
 from pathlib import Path
 from types import MethodType
 from typing import Any
@@ -16,11 +17,13 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import AutoModelForCausalLM, StaticCache
+from transformers.masking_utils import sliding_window_causal_mask_function
 from transformers.monkey_patching import get_patch_mapping
 
 from headfold import UnsupportedError
 from headfold.integrations.patching import PatchError
 from headfold.integrations.transformers import apply, register
+from headfold.integrations.transformers.masks import visible_keys
 from headfold.lanes.budget import spend
 from headfold.lanes.measure import allocator_peak, in_fresh_process, process_peak
 from headfold.model_plan import plan_model
@@ -299,6 +302,40 @@ def test_two_models_are_patched_apart() -> None:
         patched = two(input_ids=ids).logits
         second.undo()
         torch.testing.assert_close(patched, two(input_ids=ids).logits, rtol=0, atol=1e-4)
+
+
+def test_a_copy_of_a_patched_model_runs_on_its_own_indexers() -> None:
+    model, ids = build("glm_moe_dsa").train(), tokens(1, 20)
+    with apply(model, indexer_loss_coeff=1.0):
+        copy = deepcopy(model)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.zero_()
+        assert all(loss > 1e-3 for loss in copy(input_ids=ids).indexer_losses.layers.values())
+        assert all(loss == 0 for loss in model(input_ids=ids).indexer_losses.layers.values())
+
+
+def test_what_stands_for_a_mask_moves_between_devices() -> None:
+    padding = torch.ones(2, 12, dtype=torch.bool)
+    padding[0, :3] = False
+    mask = visible_keys(2, 12, 12, mask_function=sliding_window_causal_mask_function(4), attention_mask=padding)
+    moved = mask.to("cpu")[:, 0, :, :]
+    assert mask.keys.start is not None
+    assert moved.keys.start is not None
+    assert mask.keys.start[0].tolist() == [0, 0, 0, *range(9)]
+    assert torch.equal(moved.keys.start, mask.keys.start)
+    assert moved.bias is not None
+    assert moved.bias[0, 5].tolist() == [-torch.inf] * 3 + [0.0] * 9
+    assert moved.bias.stride(1) == 0
+    assert mask.to("meta").keys.start.device.type == "meta"  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize(("use_vmap", "causal", "found"), [(True, True, "caller's"), (False, False, "is_causal=False")])
+def test_masks_that_are_no_range_are_refused(use_vmap: bool, causal: bool, found: str) -> None:
+    config = config_of("axk2")
+    config.is_causal = causal
+    with pytest.raises(UnsupportedError, match=found):
+        visible_keys(1, 4, 4, use_vmap=use_vmap, config=config)
 
 
 def test_other_model_types_are_refused_by_name() -> None:

@@ -115,6 +115,29 @@ def test_indexers_get_the_gradients_of_a_direct_computation_and_only_they(
         assert not far_apart(trained | {}, {**plain, **wanted, "loss": plain["loss"] + total.detach()}, 1e-10)
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_the_warm_up_attends_to_every_visible_key_and_the_other_stages_to_the_selected(name: str) -> None:
+    model, every, ids = build(name).double(), build(name, index_topk=64).double(), tokens(2, 29)
+    mask = padding_of(ids, "left")
+    assert mask is not None
+
+    def logits(model: Any) -> Tensor:
+        out: Tensor = model(input_ids=ids, attention_mask=mask, use_cache=False).logits[mask.bool()]
+        return out.detach()
+
+    with in_float64(name):
+        dense, narrow = logits(every), logits(model)
+        found = {}
+        for stage, sparse in STAGES:
+            with apply(model.train(), indexer_loss_coeff=COEFF, stage=stage, sparse=sparse):
+                found[stage, sparse] = logits(model)
+                evaluated = logits(model.eval())
+            torch.testing.assert_close(evaluated, narrow, rtol=0, atol=1e-10)
+    assert (dense - narrow).abs().max() > 0.1
+    for case, x in found.items():
+        torch.testing.assert_close(x, dense if case == ("indexer", None) else narrow, rtol=0, atol=1e-10)
+
+
 @pytest.mark.parametrize("stage", ["joint", "indexer"])
 @pytest.mark.parametrize("name", NAMES)
 def test_checkpointing_on_and_off_agree(name: str, stage: str) -> None:
