@@ -304,6 +304,17 @@ def test_two_models_are_patched_apart() -> None:
         torch.testing.assert_close(patched, two(input_ids=ids).logits, rtol=0, atol=1e-4)
 
 
+def test_a_patched_model_compiles_as_one_graph() -> None:
+    model, ids = build("glm_moe_dsa", mlp_layer_types=["dense"] * 4), tokens(2, 20)
+    mask = padding_of(ids, "left")
+    with apply(model), torch.no_grad():
+        plain = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
+        whole = torch.compile(model, fullgraph=True, backend="eager")
+        compiled = whole(input_ids=ids, attention_mask=mask, use_cache=False).logits
+    torch.compiler.reset()  # type: ignore[no-untyped-call]
+    torch.testing.assert_close(compiled, plain, rtol=0, atol=1e-5)
+
+
 def test_a_copy_of_a_patched_model_runs_on_its_own_indexers() -> None:
     model, ids = build("glm_moe_dsa").train(), tokens(1, 20)
     with apply(model, indexer_loss_coeff=1.0):

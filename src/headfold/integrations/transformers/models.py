@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import sys
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,9 +36,14 @@ class ModelType:
     signature: str = LATENT
 
     @property
+    def path(self) -> str:
+        """Name of its modeling file's module."""
+        return f"transformers.models.{self.folder}.modeling_{self.folder}"
+
+    @property
     def module(self) -> Any:
         """Its modeling file."""
-        return importlib.import_module(f"transformers.models.{self.folder}.modeling_{self.folder}")
+        return importlib.import_module(self.path)
 
     @property
     def indexer(self) -> type[nn.Module]:
@@ -120,7 +126,7 @@ def operands(
         sizes = [kept, turned] if model_type.rotary_last else [turned, kept]
         at = int(model_type.rotary_last)
         q_parts, k_parts = list(q.split(sizes, -1)), list(k.split(sizes, -1))
-        rotate = getattr(model_type.module, model_type.rotary)
+        rotate = getattr(sys.modules[model_type.path], model_type.rotary)  # an import is nothing that compiles
         q_parts[at], k_parts[at] = rotate(q_parts[at], k_parts[at], cos, sin, unsqueeze_dim=2)
         q, k = torch.cat(q_parts, -1), torch.cat(k_parts, -1)
     weights = indexer.weights_proj(hidden.to(indexer.weights_proj.weight.dtype))
