@@ -2,9 +2,11 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-MEGATRON := megatron-core==0.19.2
+MEGATRON := $(shell sed -n 's/^megatron-core/&/p' constraints.txt)
+EARLIER := 0.17.1 0.18.2
+BARE := --quiet --no-deps --ignore-requires-python --python-version 3.12 --only-binary=:all: --upgrade
 
-.PHONY: prove test targets clean
+.PHONY: prove test test-earlier targets clean
 
 prove: $(VENV)/prove.done
 	$(BIN)/headfold prove --report report
@@ -32,12 +34,24 @@ $(VENV)/prove.done: pyproject.toml $(VENV)/torch.done
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[cli]'
 	touch $@
 
-# megatron-core asks for Python >= 3.12 and for packages that its DSA module does not use; it runs without either.
+# megatron-core asks for packages that its DSA module does not use, and for Python >= 3.12; it runs without either.
 $(VENV)/test.done: pyproject.toml $(VENV)/torch.done
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev]'
-	$(BIN)/python -m pip install --quiet --no-deps --ignore-requires-python --python-version 3.12 --only-binary=:all: \
-		--upgrade --target "$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')" $(MEGATRON)
+	if $(BIN)/python -c 'import sys; sys.exit(sys.version_info < (3, 12))'; then \
+		$(BIN)/python -m pip install --quiet --no-deps -c constraints.txt megatron-core; \
+	else \
+		$(BIN)/python -m pip install $(BARE) $(MEGATRON) \
+			--target "$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')"; \
+	fi
 	touch $@
+
+# The earlier generations of Megatron-Core, each in a folder of its own that comes first on the path.
+test-earlier: $(VENV)/test.done
+	set -e; for version in $(EARLIER); do \
+		test -d $(VENV)/megatron-$$version || $(BIN)/python -m pip install $(BARE) \
+			--target $(VENV)/megatron-$$version megatron-core==$$version; \
+		PYTHONPATH=$(VENV)/megatron-$$version $(BIN)/pytest tests/test_megatron_earlier.py; \
+	done
 
 clean:
 	rm -rf $(VENV) report

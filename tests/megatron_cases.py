@@ -28,11 +28,13 @@ class Call:
     b: int = 2
     sq: int = 26
     dtype: torch.dtype = torch.float32
+    np_k: int = 1
 
     def __str__(self) -> str:
         parts = [self.kind, "sparse" if self.sparse else "dense", "relu" if self.relu else "linear"]
         parts += ["valid"] if self.valid else []
         parts += ["per token"] if self.per_token else []
+        parts += ["heads"] if self.np_k > 1 else []
         parts += [] if self.dtype == torch.float32 else [str(self.dtype).removeprefix("torch.")]
         return "-".join(parts)
 
@@ -41,7 +43,7 @@ class Call:
         return 2 * self.sq if self.kind == "positions" else self.sq
 
     def inputs(self, *, heads: int = 16, np: int = 4) -> dict[str, Tensor]:
-        """Return q, weights, k, query and one key head, rounded to the dtype."""
+        """Return q, weights, k, query and np_k key heads, rounded to the dtype."""
         generator = torch.Generator().manual_seed(7)
 
         def make(*shape: int) -> Tensor:
@@ -53,10 +55,10 @@ class Call:
             "weights": make(sq, b, heads) / 8,
             "k": make(sk, b, 12),
             "query": make(sq, b, np, 20),
-            "key": make(sk, b, 1, 20),
+            "key": make(sk, b, self.np_k, 20),
         }
 
-    def visibility(self) -> dict[str, Any]:
+    def visibility(self) -> dict[str, Tensor]:
         """Return mask or bounds, as Megatron's layers pass them."""
         rows = torch.arange(self.sq)
         if self.kind == "causal":
@@ -116,8 +118,13 @@ def leaves(inputs: dict[str, Tensor], names: tuple[str, ...]) -> dict[str, Tenso
     return {name: x.detach().clone().requires_grad_(name in names) for name, x in inputs.items()}
 
 
+def gradients(x: dict[str, Tensor], *names: str) -> list[Tensor]:
+    """Return the gradients of the leaves that have one, those named or all."""
+    return [x[name].grad for name in names or x if x[name].grad is not None]  # type: ignore[misc]
+
+
 def run_loss(
-    module: Any, call: Call, inputs: dict[str, Tensor], group: Any = ALONE, given: dict[str, Any] | None = None
+    module: Any, call: Call, inputs: dict[str, Tensor], group: Any = ALONE, given: dict[str, Tensor] | None = None
 ) -> list[Tensor]:
     """Return indices, loss, dq, dweights and dk of FusedDSAIndexerLoss, with another factor on the loss."""
     x = leaves(inputs, ("q", "weights", "k"))
@@ -143,7 +150,7 @@ def run_loss(
         call.relu,
     )
     (3 * loss).backward()
-    return [indices, loss.detach(), *(x[name].grad for name in ("q", "weights", "k"))]
+    return [indices, loss.detach(), *gradients(x, "q", "weights", "k")]
 
 
 def shuffled_loss(module: Any, call: Call, inputs: dict[str, Tensor], seed: int) -> list[Tensor]:
@@ -167,7 +174,7 @@ def shuffled_loss(module: Any, call: Call, inputs: dict[str, Tensor], seed: int)
         "weights": inputs["weights"][..., heads],
         "k": inputs["k"][keys][..., width],
         "query": inputs["query"][:, :, other][..., wide],
-        "key": inputs["key"][keys][..., wide],
+        "key": (inputs["key"] if call.np_k == 1 else inputs["key"][:, :, other])[keys][..., wide],
     }
     _, loss, dq, dweights, dk = run_loss(module, call, x, given=given)
     back, across = heads.argsort(), width.argsort()
@@ -209,4 +216,4 @@ def true_loss(call: Call, inputs: dict[str, Tensor]) -> list[Tensor]:
     valid = torch.ones_like(rows, dtype=torch.bool) if valid is None else valid.expand(rows.shape)
     loss = rows[valid].sum() * COEFFICIENT / (1 if call.per_token else valid.sum())
     (3 * loss).backward()
-    return [indices, loss.detach(), *(x[name].grad for name in ("q", "weights", "k"))]
+    return [indices, loss.detach(), *gradients(x, "q", "weights", "k")]

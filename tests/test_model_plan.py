@@ -2,14 +2,17 @@ from __future__ import annotations
 
 import sys
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+import yaml
 
 from headfold.integrations import megatron
 from headfold.lanes.measure import allocator_peak
+from headfold.lanes.model_plan import megatron_plan
 from headfold.megatron_plan import from_arguments, stock_step
 from headfold.model_plan import (
     Call,
@@ -233,6 +236,33 @@ def test_what_the_file_gets_wrong_is_named(name: str) -> None:
     change, sentence = WRONG[name]
     with pytest.raises(ValueError, match=sentence):
         from_arguments({**ARGUMENTS["language_model"], **change}, "a.yaml")
+
+
+def test_the_command_bills_every_kind_of_layer_and_the_longest_context(tmp_path: Path) -> None:
+    path = tmp_path / "args.yaml"
+    path.write_text(yaml.safe_dump(ARGUMENTS))
+    lane = megatron_plan(path, tokens=600, b=1, memory=64 * MIB)
+    plan = from_arguments(ARGUMENTS, "a.yaml")
+    model = replace(plan.model, b=1)
+    bill = plan_model(model, 600, parallel=plan.parallel, stock=stock_step)
+    assert [row["layers"] for row in lane.rows] == ["0-1, 4", "0-1, 4", "2-3, 5", "2-3, 5", *["largest stage"] * 2]
+    first = bill.stages[0].layers[0]
+    assert [lane.rows[0][key] for key in ("forward", "held", "backward", "inputs")] == [*first.stock, first.inputs]
+    assert [lane.rows[1][key] for key in ("forward", "held", "backward", "inputs")] == [*first.headfold, first.inputs]
+    assert [row["total"] for row in lane.rows[-2:]] == [bill.stock, bill.headfold]
+    assert tuple(row["longest"] for row in lane.rows[-2:]) == longest(
+        model, 64 * MIB, parallel=plan.parallel, stock=stock_step
+    )
+
+
+@pytest.mark.parametrize("text", ["a: [", "- 1", "\x00"])
+def test_a_file_that_is_no_mapping_is_refused(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "args.yaml"
+    path.write_text(text)
+    with pytest.raises(
+        ValueError, match=r"needs a YAML file, got .*args\.yaml|must hold a mapping of Megatron's arguments"
+    ):
+        megatron_plan(path)
 
 
 def test_planning_imports_no_torch() -> None:

@@ -71,8 +71,9 @@ class EarlierLoss(torch.autograd.Function):
             if not wanted:
                 continue
             student = _softmax(scores.detach(), future, unchosen)
-            g = _through_softmax(student, target).masked_fill(future, 0)
-            scores.backward(g if unchosen is None else g.masked_fill(unchosen, 0))
+            # Products, not masks: a row without support is NaN, in its gradients as in its loss.
+            g = _through_softmax(student, target).mul_(~future)
+            scores.backward(g if unchosen is None else g.mul_(~unchosen))
             for held, leaf, rows in ((dq, leaves[0], span), (dweights, leaves[1], span), (dk, leaves[2], slice(None))):
                 if held is not None and leaf.grad is not None:
                     held[rows] += leaf.grad
