@@ -1,7 +1,8 @@
 """Save what the indexer of transformers' DeepSeek-V3.2 scored while the model read a real text.
 
 The model has the published indexer dimensions and rope settings, few layers, small other dimensions and random weights.
-The text is read at byte level, one token per byte, so nothing is downloaded. --selection also saves the keys that the
+The text is read at byte level, one token per byte, so nothing is downloaded. All of it but the saved rows is read on
+headfold, in bounded memory; those are scored by the model's own code. --selection also saves the keys that the
 model itself selected; `headfold agree` compares them with what headfold selects from the capture.
 """
 
@@ -24,11 +25,12 @@ from torch.overrides import TorchFunctionMode
 from transformers import AutoModel, DeepseekV32Config, DynamicCache
 
 from headfold import KeyRange, SelectionRecord
+from headfold.integrations.transformers import MODEL_TYPES, apply
+from headfold.integrations.transformers.models import operands
 
 # As published for DeepSeek-V3.2; index_*, qk_rope_head_dim and max_position_embeddings are the defaults of the class.
 ROPE = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 40.0, "original_max_position_embeddings": 4096}
 ROPE |= {"beta_fast": 32.0, "beta_slow": 1.0, "mscale": 1.0, "mscale_all_dim": 1.0}
-PREFILL = 128  # tokens a step before the saved rows: the scorer holds 4 * index_n_heads * PREFILL * sk bytes, twice
 
 
 class Capture(NamedTuple):
@@ -43,32 +45,31 @@ class Capture(NamedTuple):
 
 
 class Recorder(TorchFunctionMode):
-    """Notes the operands of every torch.matmul, and the input and indices of every Tensor.topk, while active."""
+    """Notes the input and indices of every Tensor.topk, while active."""
 
     def __init__(self) -> None:
         """Start with nothing seen."""
         super().__init__()
-        self.products: list[Sequence[Any]] = []
+        self.inputs: tuple[Any, ...] = ()
         self.selections: list[tuple[Tensor, Tensor]] = []
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        """Run func unchanged, and note it when it is one of the two."""
+        """Run func unchanged, and note it when it is that one."""
         result = func(*args, **(kwargs or {}))
-        if func is torch.matmul:
-            self.products.append(args)
-        elif func is torch.Tensor.topk:
+        if func is torch.Tensor.topk:
             self.selections.append((args[0], result.indices))
         return result
 
 
 @contextlib.contextmanager
 def recording(indexer: nn.Module) -> Iterator[Recorder]:
-    """Record inside this one indexer's forward, which is its own again afterwards."""
+    """Record inside this one indexer's forward, and what it is called with; it is its own again afterwards."""
     recorder, forward = Recorder(), indexer.forward
 
     def recorded(*args: Any, **kwargs: Any) -> Any:
+        recorder.inputs = args
         with recorder:
             return forward(*args, **kwargs)
 
@@ -106,18 +107,21 @@ def capture(model: Any, text: bytes, rows: int, layer: int) -> Capture:
     """Run text through model; return what the indexer of this layer scored for the last rows tokens."""
     ids, first = torch.tensor([list(text)]), len(text) - rows
     indexer, cache = model.layers[layer].self_attn.indexer, DynamicCache(config=model.config)
-    for start in range(0, first, PREFILL):
-        model(ids[:, start : min(start + PREFILL, first)], past_key_values=cache, use_cache=True)
+    if first:
+        with apply(model):
+            model(ids[:, :first], past_key_values=cache, use_cache=True)
     with recording(indexer) as seen:
         model(ids[:, first:], past_key_values=cache, use_cache=True)
-    calls = len(seen.products), len(seen.selections)
-    if calls != (2, 1):
+    if len(seen.selections) != 1:
         raise SystemExit(
-            f"The indexer of transformers {transformers.__version__} made {calls[0]} torch.matmul and {calls[1]} "
-            "Tensor.topk calls where this script knows 2 and 1; use transformers 5.23."
+            f"The indexer of transformers {transformers.__version__} made {len(seen.selections)} Tensor.topk calls "
+            "where this script knows one; use transformers 5.23."
         )
-    (q, keys), (weights, _) = seen.products  # [b, sq, h, d] @ [b, 1, d, sk], then [b, sq, 1, h] @ [b, sq, h, sk]
-    return Capture(q, weights.squeeze(2), keys.squeeze(1).mT, float(indexer.softmax_scale), *seen.selections[0])
+    hidden, latent, turns, _, places = seen.inputs
+    q, weights, _ = operands(MODEL_TYPES["deepseek_v32"], indexer, hidden, latent, turns, places)
+    kept: Any = cache.layers[layer]
+    keys = kept.indexer_keys  # those of this step, after those of the steps before
+    return Capture(q, weights, keys, float(indexer.softmax_scale), *seen.selections[0])
 
 
 def stored(step: Capture, dtype: torch.dtype) -> Capture:

@@ -19,7 +19,7 @@ FLOORS = [
     ["contract", "presets", "parallel"],
     ["attention_contract"],
     ["model_plan"],
-    ["megatron_plan"],
+    ["megatron_plan", "transformers_plan"],
     ["materialized", "backends"],
     ["ops", "materialized_attention", "materialized_loss"],
     ["scores", "attention", "selected", "loss", "selection", "selection_record", "mask"],

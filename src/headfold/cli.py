@@ -28,6 +28,7 @@ from headfold.lanes.agree import at_dtypes, from_files
 from headfold.lanes.capture import capture as run_capture
 from headfold.lanes.compiling import compiled as run_compiled
 from headfold.lanes.compiling import write as write_compiled
+from headfold.lanes.config_plan import config_plan
 from headfold.lanes.doctor import doctor as run_doctor
 from headfold.lanes.model_plan import megatron_plan
 from headfold.lanes.parity import parity as run_parity
@@ -84,18 +85,26 @@ def plan(
     megatron: Annotated[
         Path | None, typer.Option(help="A YAML file of Megatron's arguments: bill the whole model, stock and patched.")
     ] = None,
+    model: Annotated[
+        Path | None, typer.Option(help="A config.json of transformers: bill the whole model, stock and on headfold.")
+    ] = None,
     memory: Annotated[
-        float | None, typer.Option(min=0, help="With --megatron: GiB a device has for it; plans the longest context.")
+        float | None, typer.Option(min=0, help="With a whole model: GiB of a device; plans the longest context.")
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Bytes and FLOPs of a geometry, per path, against device memory. Runs nothing."""
+    """Bytes and FLOPs of a geometry, per path, against device memory; or a whole model's bill. Runs nothing."""
+    room = None if memory is None else int(memory * (1 << 30))
     if megatron is not None:
-        _exclude("--megatron", preset=preset, shape=shape, dtype=dtype, causal="causal" if causal else None)
-        room = None if memory is None else int(memory * (1 << 30))
+        _exclude(
+            "--megatron", preset=preset, shape=shape, model=model, dtype=dtype, causal="causal" if causal else None
+        )
         _finish([megatron_plan(megatron, tokens=tokens, b=batch, memory=room)], as_json)
+    if model is not None:
+        _exclude("--model", preset=preset, shape=shape, causal="causal" if causal else None)
+        _finish([config_plan(model, tokens=tokens or 4096, b=batch or 1, dtype=dtype, memory=room)], as_json)
     if memory is not None:
-        raise ValueError(f"--memory: needs --megatron, got {memory:g} without one.")
+        raise ValueError(f"--memory: needs --megatron or --model, got {memory:g} without one.")
     _finish([run_plan(_problem(preset, shape, None, tokens, batch, dtype, causal).geometry, causal=causal)], as_json)
 
 
