@@ -15,7 +15,7 @@ test: $(VENV)/test.done
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/pytest
+	$(BIN)/pytest -n auto --maxprocesses 4 --dist loadfile
 
 # The project's speed targets: two CPU cores, float32, b=1, sq=sk=4096, h=32, d=128, on a quiet machine.
 targets: $(VENV)/prove.done

@@ -1,4 +1,4 @@
-"""One thread count for every test, and Triton's interpreter where no GPU would run its kernels."""
+"""The thread count of every test, and Triton's interpreter where no GPU would run its kernels."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ if not torch.cuda.is_available():
 
 
 @pytest.fixture(autouse=True, scope="session")
-def two_threads() -> None:
-    torch.set_num_threads(2)
+def threads() -> None:
+    torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else 2)  # workers share the cores
 
 
 @pytest.fixture
