@@ -9,9 +9,10 @@ MIB = 1 << 20
 _FOLDED_BYTES = 4 * MIB
 # Programs that keep a large chip busy. Fewer blocks of keys than that share out the rows, each part with sums of its
 # own, up to _MOST_PARTS; a part has at least _PART_ROWS rows x heads.
-_PROGRAMS = 192
+_PROGRAMS = 528
 _KEYS = 128
 _MOST_PARTS = 8
+_PARTS_BYTES = 48 * MIB
 _PART_ROWS = 4096
 
 
@@ -47,7 +48,8 @@ class ScoreTile:
         """Into how many sums the rows of dk are shared out."""
         blocks = self.b * -(-self.sk // _KEYS)
         terms = min(self.sq, self.slab_rows) * (self.h if self.relu else 1)
-        return max(1, min(_MOST_PARTS, _PROGRAMS // max(1, blocks), terms // _PART_ROWS))
+        fitting = _PARTS_BYTES // max(1, self.b * self.sk * self.d * self.size)
+        return max(1, min(_MOST_PARTS, _PROGRAMS // max(1, blocks), terms // _PART_ROWS, fitting))
 
     @property
     def part_bytes(self) -> int:

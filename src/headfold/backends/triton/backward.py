@@ -8,7 +8,7 @@ products, in the accumulator's dtype: it also equals q · u, but of a that was r
 import triton
 import triton.language as tl
 
-from headfold.backends.triton.products import load_rows, number, product
+from headfold.backends.triton.products import add_product, load_rows, number, product
 from headfold.backends.triton.visible import row_bounds
 
 
@@ -138,9 +138,9 @@ def query_gradients(
                 if SECOND > 0:
                     k2 = k2.to(ACC)
             a = a.to(k1.dtype)
-            u1 = product(a, k1, u1, PRECISION, ACC, UPCAST)
+            u1 = add_product(a, k1, u1, PRECISION, ACC, UPCAST)
             if SECOND > 0:
-                u2 = product(a, k2, u2, PRECISION, ACC, UPCAST)
+                u2 = add_product(a, k2, u2, PRECISION, ACC, UPCAST)
 
     if dweights is not None:
         row_of = row.to(tl.int64)[:, None]
@@ -219,16 +219,20 @@ def key_gradients(
     ACC: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
-    """Write or ADD dk of KEYS keys, from one of num_programs(2) parts of the rows. Keys stay, queries and g stream by.
+    """Write or ADD dk of KEYS keys, from one of the parts of the rows. Keys stay, queries and g stream by.
 
     Without RELU there is one head and a is g.
     """
-    batch = tl.program_id(1).to(tl.int64)
+    # Under a causal bound most rows see the first keys: those of every batch element and part start first.
+    batches, parts = tl.num_programs(1), tl.num_programs(2)
+    program = (tl.program_id(2) * batches + tl.program_id(1)).to(tl.int64) * tl.num_programs(0) + tl.program_id(0)
+    batch = program % batches
+    part = program // batches % parts
     if start is not None:
         start += batch * start_batch
     if end is not None:
         end += batch * end_batch
-    first_of = tl.program_id(0) * KEYS
+    first_of = (program // (batches * parts)).to(tl.int32) * KEYS
     t = first_of + tl.arange(0, KEYS)
     there = k + batch * k_batch + t.to(tl.int64) * k_row
     if RELU:
@@ -253,8 +257,8 @@ def key_gradients(
         first_row = before
         last_row = behind
     first_block = first_row // ROWS
-    per_part = tl.cdiv(tl.maximum(tl.cdiv(last_row, ROWS) - first_block, 0), tl.num_programs(2))
-    first_block += tl.program_id(2) * per_part
+    per_part = tl.cdiv(tl.maximum(tl.cdiv(last_row, ROWS) - first_block, 0), parts)
+    first_block += part.to(tl.int32) * per_part
     last_row = tl.minimum(last_row, (first_block + per_part) * ROWS)
 
     sum1 = tl.zeros((KEYS, FIRST), ACC)
@@ -296,11 +300,11 @@ def key_gradients(
             if SECOND > 0:
                 q2 = q2.to(ACC)
         a = a.to(q1.dtype)
-        sum1 = product(a, q1, sum1, PRECISION, ACC, UPCAST)
+        sum1 = add_product(a, q1, sum1, PRECISION, ACC, UPCAST)
         if SECOND > 0:
-            sum2 = product(a, q2, sum2, PRECISION, ACC, UPCAST)
+            sum2 = add_product(a, q2, sum2, PRECISION, ACC, UPCAST)
 
-    dk += tl.program_id(2).to(tl.int64) * dk_part + batch * dk_batch
+    dk += part * dk_part + batch * dk_batch
     channel = tl.arange(0, FIRST).to(tl.int64)
     places = dk + key_of * dk_row + channel[None, :] * dk_channel
     mask = (t < sk)[:, None] & (channel < D)[None, :]

@@ -38,6 +38,19 @@ def product(a, b, acc, PRECISION: tl.constexpr, ACC: tl.constexpr, UPCAST: tl.co
 
 
 @triton.jit
+def add_product(a, b, total, PRECISION: tl.constexpr, ACC: tl.constexpr, UPCAST: tl.constexpr):
+    """Return total + a · b in ACC, of a sum over many blocks.
+
+    Exact operands are summed block by block: without tensor cores a product adds its terms one after another, and a
+    chain of thousands of them rounds more than its budget.
+    """
+    if a.dtype.primitive_bitwidth >= 32 and PRECISION == "ieee":
+        return total + product(a, b, tl.zeros_like(total), PRECISION, ACC, UPCAST)
+    else:  # noqa: RET505 - both would be compiled otherwise
+        return product(a, b, total, PRECISION, ACC, UPCAST)
+
+
+@triton.jit
 def number(x, ACC: tl.constexpr, UPCAST: tl.constexpr):
     """Return a float64 argument in ACC; the interpreter passes Python's own number, which has every dtype."""
     if UPCAST:
