@@ -1,0 +1,59 @@
+"""Matrix products of kernels: operands loaded in two pieces of a width, multiplied in the dtype that is asked for."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+ACCUMULATORS = {torch.float32: tl.float32, torch.float64: tl.float64}
+NARROWEST = 16  # a matrix instruction's own
+
+
+def pieces(d: int) -> tuple[int, int]:
+    """Return the two powers of two that a width is read in: 128 and 0, or 64 and 16 for 80.
+
+    One piece is padded where two would not be smaller together.
+    """
+    whole = max(NARROWEST, triton.next_power_of_2(d))
+    first = max(NARROWEST, whole // 2)
+    second = max(NARROWEST, triton.next_power_of_2(max(1, d - first)))
+    return (first, second) if first + second < whole else (whole, 0)
+
+
+def precision(dtype: torch.dtype) -> str:
+    """Return how float32 operands are multiplied: exactly, unless torch's own switch allows TF32."""
+    if dtype != torch.float32 or not torch.cuda.is_available():
+        return "ieee"
+    return "tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee"
+
+
+@triton.jit
+def product(a, b, acc, PRECISION: tl.constexpr, ACC: tl.constexpr, UPCAST: tl.constexpr):
+    """Return acc + a · b in ACC. UPCAST multiplies in ACC: the interpreter cannot multiply bfloat16."""
+    if UPCAST:
+        a = a.to(ACC)
+        b = b.to(ACC)
+    return tl.dot(a, b, acc, input_precision=PRECISION, out_dtype=ACC)
+
+
+@triton.jit
+def number(x, ACC: tl.constexpr, UPCAST: tl.constexpr):
+    """Return a float64 argument in ACC; the interpreter passes Python's own number, which has every dtype."""
+    if UPCAST:
+        return x
+    else:  # noqa: RET505 - both would be compiled otherwise
+        return x.to(ACC)
+
+
+@triton.jit
+def load_rows(places, inside, channel_stride, first: tl.constexpr, PIECE: tl.constexpr, WIDTH: tl.constexpr):
+    """Load [rows, PIECE] from channel `first` on, zeros past WIDTH channels of it and in rows that are not inside.
+
+    places: pointers to channel 0 of each row.
+    """
+    channel = tl.arange(0, PIECE).to(tl.int64)
+    mask = inside[:, None]
+    if PIECE > WIDTH:
+        mask = mask & (channel < WIDTH)[None, :]
+    return tl.load(places[:, None] + (first + channel)[None, :] * channel_stride, mask=mask, other=0.0)
