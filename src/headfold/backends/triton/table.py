@@ -39,6 +39,10 @@ TABLE: tuple[Row, ...] = (
     Row("query_gradients", "cpu", "*", ANY, ANY, 128, 64, 4, 1),
     Row("key_gradients", "cpu", "*", ANY, ANY, 128, 64, 4, 1),
     Row("fold", "cpu", "*", ANY, ANY, 64, 0, 4, 1),
+    Row("teacher sums", "cpu", "*", ANY, ANY, 16, 32, 4, 1),
+    Row("teacher mass", "cpu", "*", ANY, ANY, 16, 32, 4, 1),
+    Row("compare", "cpu", "*", ANY, ANY, 1, 64, 4, 1),
+    Row("compare", "*", "*", ANY, ANY, 1, 1024, 4, 1),
 )
 KINDS = {torch.float16: "half", torch.bfloat16: "half", torch.float32: "float32", torch.float64: "float64"}
 
