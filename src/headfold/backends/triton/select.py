@@ -1,0 +1,182 @@
+"""Selection from a slab of scores: the launches, and the scratch that they share."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from headfold.backends.triton.keep import keep_kernel
+from headfold.backends.triton.order import count_kernel, sort_kernel, write_kernel
+from headfold.backends.triton.table import arch_of
+from headfold.backends.triton.visible import bound_strides
+from headfold.triton_tiles import Kept
+
+
+class Row(NamedTuple):
+    """Sizes of the selecting kernels for rows of up to `sk` keys.
+
+    step, sample: keys of one step of a walk, and of the sample.   warps, sort_warps: of the launches.   pairs: kept
+    keys that one program of `count_kernel` compares with as many others.
+    """
+
+    arch: str
+    sk: int
+    step: int
+    sample: int
+    warps: int
+    sort_warps: int
+    pairs: int
+
+
+ANY = 1 << 31
+TILES = (
+    Row("cpu", ANY, 256, 64, 1, 1, 32),
+    Row("*", 2048, 1024, 256, 4, 4, 64),
+    Row("*", 65536, 4096, 1024, 8, 4, 64),
+    Row("*", ANY, 4096, 4096, 8, 4, 64),
+)
+
+
+class Order(NamedTuple):
+    """The integers that have the order of scores: their dtype, that of -inf, and that of NaN."""
+
+    dtype: torch.dtype
+    language: tl.dtype
+    bottom: int
+    top: int
+
+
+ORDERS = {
+    torch.float32: Order(torch.int32, tl.int32, -0x7F800001, 2**31 - 1),
+    torch.float64: Order(torch.int64, tl.int64, -0x7FF0000000000001, 2**63 - 1),
+}
+
+
+class Scratch:
+    """Buffers for what is kept of a slab's rows, made once and used by every slab."""
+
+    def __init__(self, plan: Kept, device: torch.device) -> None:
+        order = ORDERS[torch.float32 if plan.size == 4 else torch.float64].dtype
+
+        def empty(width: int, dtype: torch.dtype) -> Tensor:
+            return torch.empty(plan.rows * width, dtype=dtype, device=device)
+
+        self.plan = plan
+        self.kept, self.kept_key = empty(plan.topk, order), empty(plan.topk, torch.int32)
+        self.waiting, self.waiting_key = empty(plan.capacity, order), empty(plan.capacity, torch.int32)
+        self.count = empty(1, torch.int32)
+        self.packed = empty(plan.packed, torch.int64)
+
+
+def row_of(arch: str, sk: int) -> Row:
+    """Return the sizes for rows of sk keys."""
+    return next(row for row in TILES if row.arch in (arch, "*") and sk <= row.sk)
+
+
+def select(
+    slab: Tensor,
+    indices: Tensor,
+    scores: Tensor | None,
+    start: Tensor | None,
+    end: Tensor | None,
+    offset: int | None,
+    ratio: int,
+    scratch: Scratch,
+) -> None:
+    """Write the best keys of every row of a slab in the total order, -1 (and -inf) where a row runs out.
+
+    Args:
+        slab: float32 or float64 [b, rows, sk], dense along keys, -inf where a key is not visible.
+        indices: int32 or int64 [b, rows, topk], dense along topk, topk as in the scratch.
+        scores: as indices, in the slab's dtype, or None.
+        start, end: int32 [1 or b, rows] or None.   offset, ratio: the static bound, of the slab's first row. Keys
+            outside these are not read.
+        scratch: for at least so many rows, and at least so many keys.
+    """
+    if indices.numel() == 0:
+        return
+    plan, tile, order = scratch.plan, row_of(arch_of(slab.device), slab.shape[2]), ORDERS[slab.dtype]
+    (b, rows, sk), topk = slab.shape, plan.topk
+    results = indices, scores, topk
+    strides = indices.stride()[:2] + ((0, 0) if scores is None else scores.stride()[:2])
+    keep_kernel[(rows, b)](
+        slab,
+        start,
+        end,
+        scratch.kept,
+        scratch.kept_key,
+        scratch.waiting,
+        scratch.waiting_key,
+        scratch.count,
+        sk,
+        topk,
+        plan.capacity,
+        0 if offset is None else offset,
+        slab.stride(0),
+        slab.stride(1),
+        *bound_strides(start),
+        *bound_strides(end),
+        RATIO=ratio,
+        HAS_OFFSET=offset is not None,
+        ALIGNED=_aligned(slab),
+        BOTTOM=order.bottom,
+        TOP=order.top,
+        ORDER=order.language,
+        SAMPLE=tile.sample,
+        STEP=tile.step,
+        num_warps=tile.warps,
+    )
+    kept = scratch.kept, scratch.kept_key, scratch.count
+    if plan.size == 8:
+        grid = rows, triton.cdiv(topk, tile.pairs), b
+        count_kernel[grid](*kept, *results, *strides, TOP=order.top, BLOCK=tile.pairs, num_warps=4)
+        return
+    blocks, block = plan.blocks, plan.block
+    for period, apart in rounds(blocks):
+        first = period == apart == 1
+        grid = rows, blocks // 2 if first else blocks - apart, b
+        sort_kernel[grid](
+            *kept,
+            scratch.packed,
+            *results,
+            blocks,
+            period,
+            apart,
+            *strides,
+            TOP=order.top,
+            BLOCK=block,
+            FIRST=first,
+            ONLY=blocks == 2,
+            num_warps=tile.sort_warps,
+        )
+    if blocks > 2:
+        grid = rows, triton.cdiv(topk, block), b
+        width = blocks * block
+        write_kernel[grid](scratch.packed, *results, width, *strides, TOP=order.top, STEP=block, num_warps=4)
+
+
+def rounds(blocks: int) -> list[tuple[int, int]]:
+    """Return the rounds of Batcher's merge exchange over so many blocks: (period, apart), each of them a launch."""
+    found, period = [], 1
+    while period < blocks:
+        apart = period
+        while apart:
+            found.append((period, apart))
+            apart //= 2
+        period *= 2
+    return found
+
+
+def _aligned(slab: Tensor) -> bool:
+    """Whether every row begins at a multiple of 16 scores, with room to read on to the next one."""
+    steps = [step for n, step in zip(slab.shape[:2], slab.stride()[:2], strict=True) if n > 1]
+    whole = slab.storage_offset() + sum((n - 1) * step for n, step in zip(slab.shape, slab.stride(), strict=True)) + 16
+    return (
+        slab.data_ptr() % 64 == 0
+        and all(step % 16 == 0 for step in steps)
+        and (slab.shape[2] % 16 == 0 or whole * slab.itemsize <= slab.untyped_storage().nbytes())
+    )

@@ -1,0 +1,95 @@
+"""index_topk by slabs: scores of a block of rows, which stay in L2 while the best of every row are taken from them."""
+
+from __future__ import annotations
+
+import math
+from functools import partial
+from typing import overload
+
+import torch
+from torch import Tensor
+
+from headfold.backends.triton.scores import fill_scores
+from headfold.backends.triton.select import Scratch, select
+from headfold.contract import compute_dtype
+from headfold.triton_tiles import Slab, SlabSelection, padded
+
+NEG_INF = float("-inf")
+
+
+def selection_plan(q: Tensor, k: Tensor, relu: bool, topk: int, workspace: int) -> SlabSelection:
+    """Return the fold of a call over batch-first q [b, sq, h, d] and k [b, sk, d]."""
+    b, sq = q.shape[:2]
+    return SlabSelection.of(b, sq, k.shape[1], topk, compute_dtype(q.dtype).itemsize, workspace)
+
+
+def index_topk(
+    q: Tensor,
+    weights: Tensor | None,
+    k: Tensor,
+    start: Tensor | None,
+    end: Tensor | None,
+    bias: Tensor | None,
+    offset: int | None,
+    ratio: int,
+    relu: bool,
+    scale: float,
+    topk: int,
+    with_scores: bool,
+    index_dtype: torch.dtype,
+    workspace: int,
+) -> tuple[Tensor, Tensor | None]:
+    """Indices [b, sq, topk] of a checked, batch-first call in the total order, and their scores if asked for."""
+    b, sq, sk = q.shape[0], q.shape[1], k.shape[1]
+    dtype = compute_dtype(q.dtype)
+    indices = torch.full((b, sq, topk), -1, dtype=index_dtype, device=q.device)
+    scores = torch.full((b, sq, topk), NEG_INF, dtype=dtype, device=q.device) if with_scores else None
+    if indices.numel() == 0 or sk == 0:
+        return indices, scores
+    plan = selection_plan(q, k, relu, topk, workspace)
+    buffer = torch.empty(plan.elements, dtype=dtype, device=q.device)
+    scratch = Scratch(plan.kept, q.device)
+    for part in plan.slabs(b, sq, partial(limit, sk, offset, ratio)):
+        slab = slab_of(buffer, part)
+        few_start, few_end, few_bias = (rows_within(x, part) for x in (start, end, bias))
+        moved = None if offset is None else offset + part.row
+        fill_scores(
+            slab,
+            rows_within(q, part),
+            rows_within(weights, part),
+            k[part.batch : part.batch_end, : part.width],
+            few_start,
+            few_end,
+            None if few_bias is None else few_bias[..., : part.width],
+            moved,
+            ratio,
+            relu,
+            scale,
+        )
+        kept = slice(part.batch, part.batch_end), slice(part.row, part.row_end), slice(plan.kept.topk)
+        of_rows = None if scores is None else scores[kept]
+        select(slab, indices[kept], of_rows, few_start, few_end, moved, ratio, scratch)
+    return indices, scores
+
+
+def limit(sk: int, offset: int | None, ratio: int, row: int) -> int:
+    """Return one past the last of sk keys that the static bound lets `row` see."""
+    return sk if offset is None else max(0, min(sk, (row + 1 + offset) // ratio))
+
+
+def slab_of(buffer: Tensor, part: Slab) -> Tensor:
+    """View a flat buffer as the scores [b, rows, width] of a part; rows begin at multiples of the padding."""
+    shape = part.batch_end - part.batch, part.row_end - part.row, padded(part.width)
+    return buffer[: math.prod(shape)].view(shape)[..., : part.width]
+
+
+@overload
+def rows_within(x: Tensor, part: Slab) -> Tensor: ...
+@overload
+def rows_within(x: None, part: Slab) -> None: ...
+def rows_within(x: Tensor | None, part: Slab) -> Tensor | None:
+    """Return the rows of a part of a tensor [1 or b, sq, ...]; an axis of size one stands for all."""
+    if x is None:
+        return None
+    batches = slice(part.batch, part.batch_end) if x.shape[0] > 1 else slice(1)
+    return x[batches, part.row : part.row_end]

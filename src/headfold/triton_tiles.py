@@ -1,0 +1,139 @@
+"""How the Triton kernels cut a call, and the bytes of scratch that it takes. Plain integers, no torch.
+
+As in `tiles`, the launches and the planner read the same numbers, so a planned byte is an allocated byte.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+
+from headfold.tiles import MIB
+
+# A slab of scores stays in L2 between the kernel that fills it and the one that selects from it (50 MB on an H100).
+_SLAB_BYTES = 32 * MIB
+# What is kept of its rows, and waits; with a slab this leaves the default workspace room to spare.
+_KEPT_BYTES = 24 * MIB
+# The fixed grid: slabs begin at a multiple of so many rows, fewer where even those are large.
+_ROWS = 16
+_LEAST_BYTES = 4 * MIB
+# Scores that a row of a slab is padded to, so that rows begin where vector loads can.
+PADDING = 64
+# Keys that may wait for the cut. The pivots of a sample of 1024 keys leave 1400 between them where one key in eight of
+# 16384 is kept, and more in longer rows, which take a larger sample.
+_WAITING, _WAITING_LONG, _LONG = 4096, 8192, 65536
+# The sorting network takes two blocks in registers: as many as are kept, or two of these at a time.
+_SORTED = 1024
+_KEY = 4  # bytes of an int32
+
+
+@dataclass(frozen=True)
+class Kept:
+    """Scratch to select `topk` keys in so many rows at once, whose scores have `size` bytes.
+
+    capacity: how many keys of a row may wait for its cut, at least topk.
+    """
+
+    rows: int
+    topk: int
+    capacity: int
+    size: int
+
+    @classmethod
+    def of(cls, rows: int, sk: int, topk: int, size: int) -> Kept:
+        """Return the scratch for rows of sk keys."""
+        topk = min(topk, sk)
+        return cls(rows, topk, max(topk, min(sk, _WAITING if sk <= _LONG else _WAITING_LONG)), size)
+
+    @property
+    def block(self) -> int:
+        """Keys of one block of the sorting network: half a power of two of at least 16."""
+        return min(_SORTED, max(8, (1 << (self.topk - 1).bit_length()) // 2))
+
+    @property
+    def blocks(self) -> int:
+        """Blocks that hold a row, an even number of them."""
+        return -(-self.topk // (2 * self.block)) * 2
+
+    @property
+    def packed(self) -> int:
+        """Keys of a row that are packed into int64 between rounds of sorting; none where one round is enough."""
+        return self.block * self.blocks if self.size == 4 and self.blocks > 2 else 0
+
+    @property
+    def row_bytes(self) -> int:
+        """Scratch of one row: the order and key of what is kept and of what waits, a count, and what is packed."""
+        return (self.topk + self.capacity) * (self.size + _KEY) + _KEY + 8 * self.packed
+
+    @property
+    def scratch_bytes(self) -> int:
+        """Scratch of all rows."""
+        return self.rows * self.row_bytes
+
+
+@dataclass(frozen=True)
+class SlabSelection:
+    """A fold of slabs of scores into the best keys of each row.
+
+    elements: scores of a slab.   least: rows of the fixed grid, of which a slab holds a whole number.
+    """
+
+    kept: Kept
+    elements: int
+    least: int
+
+    @classmethod
+    def of(cls, b: int, sq: int, sk: int, topk: int, size: int, workspace: int) -> SlabSelection:
+        """Return the fold that a workspace leaves room for, or the smallest there is."""
+        one = Kept.of(1, sk, topk, size)
+        row, kept_row = padded(sk) * size, one.row_bytes
+        least = max(1, min(sq, _ROWS, _LEAST_BYTES // (row + kept_row)))
+        kept = max(least * kept_row, min(_KEPT_BYTES, workspace * 3 // 7))
+        slab = max(least * row, min(_SLAB_BYTES, workspace - kept))
+        kept = max(least * kept_row, min(kept, workspace - slab))
+        rows = b * sq if sq <= least else b * -(-sq // least) * least
+        rows = max(least, min(rows, kept // kept_row // least * least))
+        elements = max(least, min(b * sq, slab // row)) * padded(sk)
+        return cls(replace(one, rows=rows), elements, least)
+
+    @property
+    def scratch_bytes(self) -> int:
+        """Scratch of the fold: a slab, and what is kept of its rows."""
+        return self.elements * self.kept.size + self.kept.scratch_bytes
+
+    def slabs(self, b: int, sq: int, limit: Callable[[int], int]) -> Iterator[Slab]:
+        """Yield the slabs of a call that see any key.   limit: one past the last key that a row may see."""
+        batches = 1
+        if self._rows(0, sq, limit) == sq:
+            batches = max(1, min(b, self.kept.rows // max(1, sq), self.elements // max(1, sq * padded(limit(sq - 1)))))
+        for batch in range(0, b, batches):
+            row = 0
+            while row < sq:
+                rows = self._rows(row, sq, limit)
+                width = limit(row + rows - 1)
+                if width > 0:
+                    yield Slab(batch, min(b, batch + batches), row, row + rows, width)
+                row += rows
+
+    def _rows(self, row: int, sq: int, limit: Callable[[int], int]) -> int:
+        """Return how many rows from `row` on a slab takes: as many as fit, with all the keys that they see."""
+        rows = self.kept.rows
+        while rows > self.least and min(sq - row, rows) * padded(limit(min(sq, row + rows) - 1)) > self.elements:
+            rows -= self.least
+        return min(sq - row, rows)
+
+
+@dataclass(frozen=True)
+class Slab:
+    """Rows [row, row_end) of batch elements [batch, batch_end), against the first `width` keys."""
+
+    batch: int
+    batch_end: int
+    row: int
+    row_end: int
+    width: int
+
+
+def padded(width: int) -> int:
+    """Return the scores from one row of a slab to the next."""
+    return -(-width // PADDING) * PADDING
