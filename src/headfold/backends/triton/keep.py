@@ -54,11 +54,43 @@ def _between(low, high):
 
 
 @triton.jit
-def _chunk(scores, first, low, high, fence, BOTTOM: tl.constexpr, TOP: tl.constexpr, STEP: tl.constexpr):
-    """Return STEP keys of a row and their order, BOTTOM outside [low, high); nothing from `fence` on is read."""
+def _chunk(scores, first, high, fence, BOTTOM: tl.constexpr, TOP: tl.constexpr, STEP: tl.constexpr):
+    """Return STEP keys of a row and their order, BOTTOM from `high` on; nothing from `fence` on is read."""
     t = first + tl.arange(0, STEP)
     order = ordered(tl.load(scores + t, mask=t < fence, other=0.0), TOP)
-    return t, tl.where((t >= low) & (t < high), order, BOTTOM)
+    return t, tl.where(t < high, order, BOTTOM)
+
+
+@triton.jit
+def packed(order, key):
+    """Return int32 order and key as one int64 that has the total order: ties go to the smaller key."""
+    return (order.to(tl.int64) << 32) | (key ^ 0x7FFFFFFF).to(tl.int64)
+
+
+@triton.jit
+def key_of(both):
+    """Return the key of what is packed, as int64."""
+    return (both & 0xFFFFFFFF) ^ 0x7FFFFFFF
+
+
+@triton.jit
+def _put(found, found_key, at, order, key, mask):
+    """Write orders and keys to places of a row: together where one int64 holds both, else to two arrays."""
+    if found_key is None:
+        tl.store(found + at, packed(order, key), mask=mask)
+    else:
+        tl.store(found + at, order, mask=mask)
+        tl.store(found_key + at, key, mask=mask)
+
+
+@triton.jit
+def _get(found, found_key, at, mask):
+    """Read orders and keys back, zeros where not in mask."""
+    x = tl.load(found + at, mask=mask, other=0)
+    if found_key is None:
+        return (x >> 32).to(tl.int32), key_of(x).to(tl.int32)
+    else:
+        return x, tl.load(found_key + at, mask=mask, other=0)
 
 
 @triton.jit
@@ -91,10 +123,8 @@ def _pivots(scores, low, n, topk, BOTTOM: tl.constexpr, TOP: tl.constexpr, ORDER
 @triton.jit
 def _walk(
     scores,
-    kept,
-    kept_key,
-    waiting,
-    waiting_key,
+    found,
+    found_key,
     low,
     high,
     fence,
@@ -105,21 +135,19 @@ def _walk(
     BOTTOM: tl.constexpr,
     TOP: tl.constexpr,
     STEP: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
-    """Keep what is above b, let what is above a alone wait, both in the order of keys; return how many there were."""
+    """Keep what is above b, let what is above a alone wait behind, both in the order of keys; return their numbers."""
     above = tl.zeros((), tl.int32)
     between = tl.zeros((), tl.int32)
-    for first in range(low // 16 * 16, high, STEP):
-        t, order = _chunk(scores, first, low, high, fence, BOTTOM, TOP, STEP)
+    for first in tl.range(low // 16 * 16, high, STEP, num_stages=STAGES):
+        t, order = _chunk(scores, first, high, fence, BOTTOM, TOP, STEP)
         over, under = order > b, (order > a) & (order <= b)
         tally = over.to(tl.int32) + (under.to(tl.int32) << HALF)
         place = tl.cumsum(tally, axis=0) - tally
-        at = above + (place & LOW_HALF)
-        tl.store(kept + at, order, mask=over & (at < topk))
-        tl.store(kept_key + at, t, mask=over & (at < topk))
-        wait = between + (place >> HALF)
-        tl.store(waiting + wait, order, mask=under & (wait < capacity))
-        tl.store(waiting_key + wait, t, mask=under & (wait < capacity))
+        at = tl.where(over, above + (place & LOW_HALF), topk + between + (place >> HALF))
+        room = at < tl.where(over, topk, topk + capacity)
+        _put(found, found_key, at, order, t, (over | under) & room)
         total = tl.sum(tally, axis=0)
         above += total & LOW_HALF
         between += total >> HALF
@@ -131,10 +159,8 @@ def keep_kernel(
     scores,
     start,
     end,
-    kept,
-    kept_key,
-    waiting,
-    waiting_key,
+    found,
+    found_key,
     count,
     sk,
     topk,
@@ -154,20 +180,20 @@ def keep_kernel(
     ORDER: tl.constexpr,
     SAMPLE: tl.constexpr,
     STEP: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
     """Keep the best topk keys of a row that score above -inf, in no order.
 
-    kept, kept_key: [batches, rows, topk], the order of a score and its key.   count: [batches, rows], how many.
-    waiting, waiting_key: [batches, rows, capacity], scratch; capacity is at least topk.
-    ALIGNED: whether rows begin, and may be read up to, a multiple of 16 scores.
+    found: [batches, rows, topk + capacity], int64 of order and key, or orders alone with found_key beside them: what is
+    kept, and behind it what waits; capacity is at least topk.   count: int32 [batches, rows], how many are kept.
+    ALIGNED: whether rows begin at, and may be read up to, a multiple of 16 scores.
     """
     row, batch = tl.program_id(0), tl.program_id(1).to(tl.int64)
     line = batch * tl.num_programs(0) + row
     scores += batch * scores_batch + row.to(tl.int64) * scores_row
-    kept += line * topk
-    kept_key += line * topk
-    waiting += line * capacity
-    waiting_key += line * capacity
+    found += line * (topk + capacity)
+    if found_key is not None:
+        found_key += line * (topk + capacity)
     if start is not None:
         start += batch * start_batch
     if end is not None:
@@ -184,10 +210,10 @@ def keep_kernel(
     elif n > capacity:
         a, b = _pivots(scores, low, n, topk, BOTTOM, TOP, ORDER, SAMPLE)
     above, between = _walk(
-        scores, kept, kept_key, waiting, waiting_key, low, high, fence, a, b, topk, capacity, BOTTOM, TOP, STEP
+        scores, found, found_key, low, high, fence, a, b, topk, capacity, BOTTOM, TOP, STEP, STAGES
     )
 
-    # The cut lies in (a, b]: at most topk keys are above b, and more than topk above a, or a is BOTTOM.
+    # The cut lies in (a, b]: at most topk keys are above b, and at least topk above a, or a is BOTTOM.
     crowded = (between > capacity) & (a + 1 < b)
     short = (above + between < topk) & (a > BOTTOM)
     if (above > topk) | short | crowded:
@@ -200,7 +226,7 @@ def keep_kernel(
             pivot = _between(a, b)
             over = tl.zeros((), tl.int32)
             for first in range(low // 16 * 16, high, STEP):
-                _, order = _chunk(scores, first, low, high, fence, BOTTOM, TOP, STEP)
+                _, order = _chunk(scores, first, high, fence, BOTTOM, TOP, STEP)
                 over += tl.sum((order > pivot).to(tl.int32), axis=0)
             if over > topk:
                 a, more = pivot, over
@@ -208,7 +234,7 @@ def keep_kernel(
                 b, fewer = pivot, over
         tl.debug_barrier()
         above, between = _walk(
-            scores, kept, kept_key, waiting, waiting_key, low, high, fence, a, b, topk, capacity, BOTTOM, TOP, STEP
+            scores, found, found_key, low, high, fence, a, b, topk, capacity, BOTTOM, TOP, STEP, STAGES
         )
     tl.debug_barrier()
 
@@ -222,8 +248,8 @@ def keep_kernel(
         over = tl.zeros((), tl.int32)
         for first in range(0, between, STEP):
             i = first + tl.arange(0, STEP)
-            order = tl.load(waiting + i, mask=i < between, other=BOTTOM)
-            over += tl.sum((order > pivot).to(tl.int32), axis=0)
+            order, _ = _get(found, found_key, topk + i, i < between)
+            over += tl.sum(((order > pivot) & (i < between)).to(tl.int32), axis=0)
         if over > wanted:
             a = pivot
         else:
@@ -231,14 +257,12 @@ def keep_kernel(
     at_over, at_even = above, above + taken
     for first in range(0, between, STEP):
         i = first + tl.arange(0, STEP)
-        order = tl.load(waiting + i, mask=i < between, other=BOTTOM)
-        t = tl.load(waiting_key + i, mask=i < between, other=0)
+        order, key = _get(found, found_key, topk + i, i < between)
         over, even = (order > b) & (i < between), (order == b) & (i < between)
         tally = over.to(tl.int32) + (even.to(tl.int32) << HALF)
         place = tl.cumsum(tally, axis=0) - tally
         at = tl.where(over, at_over + (place & LOW_HALF), at_even + (place >> HALF))
-        tl.store(kept + at, order, mask=(over | even) & (at < topk))
-        tl.store(kept_key + at, t, mask=(over | even) & (at < topk))
+        _put(found, found_key, at, order, key, (over | even) & (at < topk))
         total = tl.sum(tally, axis=0)
         at_over += total & LOW_HALF
         at_even += total >> HALF

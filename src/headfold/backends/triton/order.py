@@ -9,9 +9,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from headfold.backends.triton.keep import scores_of
+from headfold.backends.triton.keep import key_of, scores_of
 
-LARGEST = tl.constexpr(2**31 - 1)
 NOTHING = tl.constexpr(-(2**63))
 
 
@@ -19,7 +18,7 @@ NOTHING = tl.constexpr(-(2**63))
 def _write(packed, indices, scores, j, topk, TOP: tl.constexpr):
     """Write what is packed to places j of a row of the results: -1 and -inf where there is nothing."""
     nothing = packed == NOTHING
-    key = tl.where(nothing, -1, (packed & 0xFFFFFFFF) ^ LARGEST)
+    key = tl.where(nothing, -1, key_of(packed))
     tl.store(indices + j, key.to(indices.dtype.element_ty), mask=j < topk)
     if scores is not None:
         score = tl.where(nothing, float("-inf"), scores_of((packed >> 32).to(tl.int32), TOP))
@@ -28,13 +27,13 @@ def _write(packed, indices, scores, j, topk, TOP: tl.constexpr):
 
 @triton.jit
 def sort_kernel(
-    kept,
-    kept_key,
+    found,
     count,
     packed,
     indices,
     scores,
     topk,
+    found_row,
     blocks,
     period,
     apart,
@@ -66,10 +65,7 @@ def sort_kernel(
     e = tl.arange(0, 2 * BLOCK)
     j = tl.where(e < BLOCK, one * BLOCK + e, (one + apart - 1) * BLOCK + e)
     if FIRST:
-        there = j < tl.load(count + line)
-        order = tl.load(kept + line * topk + j, mask=there, other=0)
-        key = tl.load(kept_key + line * topk + j, mask=there, other=0)
-        x = tl.where(there, (order.to(tl.int64) << 32) | (key ^ LARGEST).to(tl.int64), NOTHING)
+        x = tl.load(found + line * found_row + j, mask=j < tl.load(count + line), other=NOTHING)
     else:
         x = tl.load(packed + line * blocks * BLOCK + j)
     x = tl.sort(x, descending=True)
@@ -109,12 +105,13 @@ def write_kernel(
 
 @triton.jit
 def count_kernel(
-    kept,
-    kept_key,
+    found,
+    found_key,
     count,
     indices,
     scores,
     topk,
+    found_row,
     indices_batch,
     indices_row,
     scores_batch,
@@ -124,21 +121,21 @@ def count_kernel(
 ):
     """Write what was kept to the place that the number of better ones gives it: the order of any width, unpacked.
 
-    kept, kept_key: [batches, rows, topk], the order of a score and its key.   count: [batches, rows], how many.
+    found, found_key: [batches, rows, found_row], order and key of what is kept.   count: [batches, rows], how many.
     """
     row, batch = tl.program_id(0), tl.program_id(2).to(tl.int64)
     line = batch * tl.num_programs(0) + row
-    kept += line * topk
-    kept_key += line * topk
+    found += line * found_row
+    found_key += line * found_row
     many = tl.load(count + line)
     i = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    order = tl.load(kept + i, mask=i < many, other=0)
-    key = tl.load(kept_key + i, mask=i < many, other=-1)
+    order = tl.load(found + i, mask=i < many, other=0)
+    key = tl.load(found_key + i, mask=i < many, other=-1)
     place = tl.zeros((BLOCK,), tl.int32)
     for first in range(0, many, BLOCK):
         o = first + tl.arange(0, BLOCK)
-        other = tl.load(kept + o, mask=o < many, other=0)[None, :]
-        other_key = tl.load(kept_key + o, mask=o < many, other=0)[None, :]
+        other = tl.load(found + o, mask=o < many, other=0)[None, :]
+        other_key = tl.load(found_key + o, mask=o < many, other=0)[None, :]
         better = (other > order[:, None]) | ((other == order[:, None]) & (other_key < key[:, None]))
         place += tl.sum((better & (o < many)[None, :]).to(tl.int32), axis=1)
     place = tl.where(i < many, place, i)

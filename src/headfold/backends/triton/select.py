@@ -19,14 +19,15 @@ from headfold.triton_tiles import Kept
 class Row(NamedTuple):
     """Sizes of the selecting kernels for rows of up to `sk` keys.
 
-    step, sample: keys of one step of a walk, and of the sample.   warps, sort_warps: of the launches.   pairs: kept
-    keys that one program of `count_kernel` compares with as many others.
+    step, sample: keys of one step of a walk, and of the sample.   stages: steps of a walk that are loaded at a time.
+    warps, sort_warps: of the launches.   pairs: kept keys that one program of `count_kernel` compares with others.
     """
 
     arch: str
     sk: int
     step: int
     sample: int
+    stages: int
     warps: int
     sort_warps: int
     pairs: int
@@ -34,25 +35,24 @@ class Row(NamedTuple):
 
 ANY = 1 << 31
 TILES = (
-    Row("cpu", ANY, 256, 64, 1, 1, 32),
-    Row("*", 2048, 1024, 256, 4, 4, 64),
-    Row("*", 65536, 4096, 1024, 8, 4, 64),
-    Row("*", ANY, 4096, 4096, 8, 4, 64),
+    Row("cpu", ANY, 256, 64, 1, 1, 1, 32),
+    Row("*", 2048, 1024, 256, 1, 4, 4, 64),
+    Row("*", 65536, 2048, 1024, 2, 8, 4, 64),
+    Row("*", ANY, 2048, 4096, 2, 8, 4, 64),
 )
 
 
 class Order(NamedTuple):
     """The integers that have the order of scores: their dtype, that of -inf, and that of NaN."""
 
-    dtype: torch.dtype
-    language: tl.dtype
+    dtype: tl.dtype
     bottom: int
     top: int
 
 
 ORDERS = {
-    torch.float32: Order(torch.int32, tl.int32, -0x7F800001, 2**31 - 1),
-    torch.float64: Order(torch.int64, tl.int64, -0x7FF0000000000001, 2**63 - 1),
+    torch.float32: Order(tl.int32, -0x7F800001, 2**31 - 1),
+    torch.float64: Order(tl.int64, -0x7FF0000000000001, 2**63 - 1),
 }
 
 
@@ -60,15 +60,13 @@ class Scratch:
     """Buffers for what is kept of a slab's rows, made once and used by every slab."""
 
     def __init__(self, plan: Kept, device: torch.device) -> None:
-        order = ORDERS[torch.float32 if plan.size == 4 else torch.float64].dtype
-
         def empty(width: int, dtype: torch.dtype) -> Tensor:
             return torch.empty(plan.rows * width, dtype=dtype, device=device)
 
         self.plan = plan
-        self.kept, self.kept_key = empty(plan.topk, order), empty(plan.topk, torch.int32)
-        self.waiting, self.waiting_key = empty(plan.capacity, order), empty(plan.capacity, torch.int32)
         self.count = empty(1, torch.int32)
+        self.found = empty(plan.topk + plan.capacity, torch.int64)
+        self.found_key = empty(plan.topk + plan.capacity, torch.int32) if plan.size == 8 else None
         self.packed = empty(plan.packed, torch.int64)
 
 
@@ -107,10 +105,8 @@ def select(
         slab,
         start,
         end,
-        scratch.kept,
-        scratch.kept_key,
-        scratch.waiting,
-        scratch.waiting_key,
+        scratch.found,
+        scratch.found_key,
         scratch.count,
         sk,
         topk,
@@ -125,24 +121,28 @@ def select(
         ALIGNED=_aligned(slab),
         BOTTOM=order.bottom,
         TOP=order.top,
-        ORDER=order.language,
+        ORDER=order.dtype,
         SAMPLE=tile.sample,
         STEP=tile.step,
+        STAGES=tile.stages,
         num_warps=tile.warps,
     )
-    kept = scratch.kept, scratch.kept_key, scratch.count
+    found_row = topk + plan.capacity
     if plan.size == 8:
         grid = rows, triton.cdiv(topk, tile.pairs), b
-        count_kernel[grid](*kept, *results, *strides, TOP=order.top, BLOCK=tile.pairs, num_warps=4)
+        kept = scratch.found, scratch.found_key, scratch.count
+        count_kernel[grid](*kept, *results, found_row, *strides, TOP=order.top, BLOCK=tile.pairs, num_warps=4)
         return
     blocks, block = plan.blocks, plan.block
     for period, apart in rounds(blocks):
         first = period == apart == 1
         grid = rows, blocks // 2 if first else blocks - apart, b
         sort_kernel[grid](
-            *kept,
+            scratch.found,
+            scratch.count,
             scratch.packed,
             *results,
+            found_row,
             blocks,
             period,
             apart,
