@@ -14,6 +14,7 @@ ROOT = Path(headfold.__file__).parent
 # one package.
 FLOORS = [
     ["tiles", "bills", "score_tiles"],
+    ["triton_tiles"],
     ["geometry", "layout", "keyrange", "loss_tiles"],
     ["contract", "presets", "attention_tiles", "parallel"],
     ["materialized", "backends"],

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
+from headfold.score_tiles import ScoreTile
 from headfold.tiles import MIB
 
 # A slab of scores stays in L2 between the kernel that fills it and the one that selects from it (50 MB on an H100).
@@ -75,31 +76,35 @@ class Kept:
 class SlabSelection:
     """A fold of slabs of scores into the best keys of each row.
 
-    elements: scores of a slab.   least: rows of the fixed grid, of which a slab holds a whole number.
+    elements: scores of a slab.   least: rows of the fixed grid, of which a slab holds a whole number.   folded: bytes of
+    the queries of a slab's rows folded over heads, where there is no activation.
     """
 
     kept: Kept
     elements: int
     least: int
+    folded: int = 0
 
     @classmethod
-    def of(cls, b: int, sq: int, sk: int, topk: int, size: int, workspace: int) -> SlabSelection:
+    def of(
+        cls, b: int, sq: int, sk: int, h: int, d: int, topk: int, size: int, workspace: int, *, relu: bool = True
+    ) -> SlabSelection:
         """Return the fold that a workspace leaves room for, or the smallest there is."""
         one = Kept.of(1, sk, topk, size)
-        row, kept_row = padded(sk) * size, one.row_bytes
-        least = max(1, min(sq, _ROWS, _LEAST_BYTES // (row + kept_row)))
+        scored, kept_row = padded(sk) * size, one.row_bytes + (0 if relu else d * size)
+        least = max(1, min(sq, _ROWS, _LEAST_BYTES // max(1, scored + kept_row)))
         kept = max(least * kept_row, min(_KEPT_BYTES, workspace * 3 // 7))
-        slab = max(least * row, min(_SLAB_BYTES, workspace - kept))
+        slab = max(least * scored, min(_SLAB_BYTES, workspace - kept))
         kept = max(least * kept_row, min(kept, workspace - slab))
-        rows = b * sq if sq <= least else b * -(-sq // least) * least
-        rows = max(least, min(rows, kept // kept_row // least * least))
-        elements = max(least, min(b * sq, slab // row)) * padded(sk)
-        return cls(replace(one, rows=rows), elements, least)
+        most = max(1, b) * -(-sq // least) * least
+        rows = max(least, min(most, kept // kept_row // least * least))
+        elements = max(least, min(most, slab // max(1, scored))) * padded(sk)
+        return cls(replace(one, rows=rows), elements, least, ScoreTile(1, rows, sk, h, d, size, relu).folded_bytes)
 
     @property
     def scratch_bytes(self) -> int:
-        """Scratch of the fold: a slab, and what is kept of its rows."""
-        return self.elements * self.kept.size + self.kept.scratch_bytes
+        """Scratch of the fold: a slab, what is kept of its rows, and folded queries."""
+        return self.elements * self.kept.size + self.kept.scratch_bytes + self.folded
 
     def slabs(self, b: int, sq: int, limit: Callable[[int], int]) -> Iterator[Slab]:
         """Yield the slabs of a call that see any key.   limit: one past the last key that a row may see."""

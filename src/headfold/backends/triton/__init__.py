@@ -7,6 +7,7 @@ import triton
 import triton.language
 
 from headfold.backends.triton.scores import add_gradients, fill_scores, index_scores, index_scores_backward, tile_of
+from headfold.backends.triton.topk import index_topk, selection_plan
 from headfold.backends.triton.visible import row_bounds
 
 # Both read TRITON_INTERPRET where they are decorated: a variable set between the two imports gives neither.
@@ -18,5 +19,7 @@ __all__ = [
     "fill_scores",
     "index_scores",
     "index_scores_backward",
+    "index_topk",
+    "selection_plan",
     "tile_of",
 ]

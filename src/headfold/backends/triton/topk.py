@@ -19,8 +19,9 @@ NEG_INF = float("-inf")
 
 def selection_plan(q: Tensor, k: Tensor, relu: bool, topk: int, workspace: int) -> SlabSelection:
     """Return the fold of a call over batch-first q [b, sq, h, d] and k [b, sk, d]."""
-    b, sq = q.shape[:2]
-    return SlabSelection.of(b, sq, k.shape[1], topk, compute_dtype(q.dtype).itemsize, workspace)
+    b, sq, h, d = q.shape
+    size = compute_dtype(q.dtype).itemsize
+    return SlabSelection.of(b, sq, k.shape[1], h, d, topk, size, workspace, relu=relu)
 
 
 def index_topk(
