@@ -80,13 +80,9 @@ class LossSlab:
         """What selects from a slab: as many rows of every batch element at a time as need no more than the teacher."""
         if self.topk is None:
             return None
-        one = Kept(self.batches, self.sk, self.topk, self.size)
-        return Kept(
-            self.batches * max(1, min(self.rows, self.teacher_bytes // one.scratch_bytes)),
-            self.sk,
-            self.topk,
-            self.size,
-        )
+        one = Kept.of(self.batches, self.sk, self.topk, self.size)
+        rows = max(1, min(self.rows, self.teacher_bytes // one.scratch_bytes))
+        return Kept.of(self.batches * rows, self.sk, self.topk, self.size)
 
     @property
     def score_tile(self) -> ScoreTile:
