@@ -24,7 +24,7 @@ from headfold.loss_slabs import SPLIT_KEYS
 
 NEG_INF = tl.constexpr(float("-inf"))
 INTERPRETED = not isinstance(bounds_of, triton.JITFunction)
-_JOINED = 1024
+JOINED = 1024
 
 
 @triton.jit
@@ -301,7 +301,7 @@ def fill_mass(
         num_stages=first.stages,
     )
     if splits > 1:
-        join_kernel[(triton.cdiv(count, _JOINED),)](stats, splits, count, BLOCK=_JOINED)
+        join_kernel[(triton.cdiv(count, JOINED),)](stats, splits, count, BLOCK=JOINED)
     mass_kernel[(triton.cdiv(width, second.keys) * triton.cdiv(rows, second.rows) * b,)](
         mass,
         stats,
