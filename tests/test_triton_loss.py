@@ -97,7 +97,8 @@ def body(case: Case, *, needs: bool, reduce: Any = None, beside: list[Tensor] | 
     """The undecorated body on a call of the public op."""
     call = {"causal": False, "keys": None, "bias": None, "activation": "relu", "scale": 1.0, **call_of(case)}
     checked = score_call("test", *[x.detach() for x in leaves(case)], **call, layout="sbhd", workspace=None)
-    query, key = attention_of("test", *(beside or attention(case)), checked, "sbhd")
+    query, key = beside or attention(case)
+    query, key = attention_of("test", query, key, checked, "sbhd")
     ranges = checked.start, checked.end, checked.bias, None, checked.offset, checked.ratio, checked.relu, checked.scale
     topk, sparse = options.get("topk"), options.get("sparse", False)
     rest = SOFTMAX_SCALE, topk, sparse, True
@@ -165,7 +166,7 @@ def test_slabs_of_few_rows_give_what_one_slab_gives(visible: str, monkeypatch: p
         reduced.append((mass.shape, mass.is_contiguous()))
         mass *= 2  # as two ranks with the same heads
 
-    options = {"beside": beside, "topk": 5, "sparse": visible == "ratio"}
+    options: dict[str, Any] = {"beside": beside, "topk": 5, "sparse": visible == "ratio"}
     whole = body(case, needs=True, reduce=reduce, **options)
     assert len(reduced) == 1
     monkeypatch.setattr(loss_slabs, "_SLAB_BYTES", 20 * 64 * 17 + 9000)

@@ -49,7 +49,7 @@ class LossSlab:
         """Return the slab for a call of this shape: as many rows as fit, at the extreme one of any number of keys."""
         kept = min(topk, sk) if topk is not None and topk * sk > 0 else None
         one = cls(1, 1, b, sq, sk, h, d, np, size, kept, relu)
-        fit = max(1, _SLAB_BYTES // (one.scores_bytes + one.teacher_bytes))
+        fit = max(1, _SLAB_BYTES // max(1, one.scores_bytes + one.teacher_bytes))
         batches = max(1, min(b, fit // max(1, min(sq, _PRODUCT_ROWS))))
         rows = fit // batches
         step = next(step for step in (_PRODUCT_ROWS, _LEAST_ROWS, 1) if rows >= step)

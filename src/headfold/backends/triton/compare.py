@@ -78,10 +78,10 @@ def mark_selected_kernel(MARKS, INDICES, rows, width, kept, indices_b, indices_s
 @triton.jit
 def support(marks, t, n, lo, hi):
     """Return which keys t of a row are its support: those marked, or without marks those in range."""
+    seen = (t >= lo) & (t < hi)
     if marks is not None:
-        return tl.load(marks + t, mask=t < n, other=0) != 0
-    else:
-        return (t >= lo) & (t < hi)
+        seen = tl.load(marks + t, mask=t < n, other=0) != 0
+    return seen
 
 
 @triton.jit(do_not_specialize=["offset"])
@@ -182,10 +182,9 @@ def mark_seen(
 
 
 def mark_selected(marks: Tensor, indices: Tensor) -> None:
-    """Write marks [b, rows, width], bytes: 1 where indices [b, rows, topk], dense along topk, select a key, else 0."""
+    """Write 1 into marks [b, rows, width], zeros, where indices [b, rows, topk], dense along topk, select a key."""
     b, rows, width = marks.shape
     kept = indices.shape[2]
-    marks.zero_()
     row = tile("compare", arch_of(marks.device), torch.float32, 1)
     if kept > 0:
         mark_selected_kernel[(b * rows, triton.cdiv(kept, row.keys))](

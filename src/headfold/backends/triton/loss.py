@@ -6,7 +6,6 @@ see. Its scores become g = dL/dscores, and the gradient kernels consume them bef
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import NamedTuple, overload
 
@@ -130,9 +129,9 @@ def indexer_loss(
                 rows = part(losses, batch, row)
                 _compare(plan, scores, some, picked, sparse, rows, share, reduce, backward=backward)
                 if backward:  # all keys, so that dk is summed alike in every slab; g is zero where the bias hides
-                    options = some.relu, some.scale
-                    ranges = some.start, some.end, None, some.offset, some.ratio
-                    add_gradients(scores, some.q, some.weights, some.k, *ranges, *options, *gradients)
+                    inputs, (start, end, offset_here, _) = (some.q, some.weights, some.k), some.seen
+                    options = offset_here, ratio, relu, scale
+                    add_gradients(scores, *inputs, start, end, None, *options, *gradients)
         return losses.sum().mul_(share), indices, dq, dweights, dk
 
 
@@ -196,14 +195,13 @@ def _compare(
     (b, rows), n = some.q.shape[:2], some.limit()
     mass = scores.new_empty(b, rows, padded(n))
     marks = None
-    if sparse or some.bias is not None:
-        marks = torch.empty_like(mass, dtype=torch.uint8)
-        if not sparse:
-            mark_seen(marks, some.bias, *some.seen, n)
-        elif plan.kept is None or indices is None:
-            marks.zero_()
-        else:
+    if sparse:
+        marks = torch.zeros_like(mass, dtype=torch.uint8)
+        if plan.kept is not None and indices is not None:
             mark_selected(marks, indices[..., : plan.kept.topk])
+    elif some.bias is not None:
+        marks = torch.empty_like(mass, dtype=torch.uint8)
+        mark_seen(marks, some.bias, *some.seen, n)
     sums = scores.new_empty(plan.sums)
     fill_mass(mass, sums, some.query, some.key, marks, *some.seen, n, some.softmax_scale)
     if reduce is not None:

@@ -36,14 +36,14 @@ def chunks(
     for i in tl.static_range(COUNT):
         d = i * WIDE + tl.arange(0, WIDE)
         x = tl.load(P[:, None] + d[None, :] * stride)
-        parts = parts + (x if CAST is None else x.to(CAST),)  # noqa: RUF005
+        parts = parts + (x if CAST is None else x.to(CAST),)  # type: ignore[assignment]  # noqa: RUF005
     if TAIL > 0:
         d = COUNT * WIDE + tl.arange(0, TAIL)
         if HN == COUNT * WIDE + TAIL:
             x = tl.load(P[:, None] + d[None, :] * stride)
         else:
             x = tl.load(P[:, None] + d[None, :] * stride, mask=(d < HN)[None, :], other=0.0)
-        parts = parts + (x if CAST is None else x.to(CAST),)  # noqa: RUF005
+        parts = parts + (x if CAST is None else x.to(CAST),)  # type: ignore[assignment]  # noqa: RUF005
     return parts
 
 
