@@ -129,9 +129,8 @@ def indexer_loss(
                 rows = part(losses, batch, row)
                 _compare(plan, scores, some, picked, sparse, rows, share, reduce, backward=backward)
                 if backward:  # all keys, so that dk is summed alike in every slab; g is zero where the bias hides
-                    inputs, (start, end, offset_here, _) = (some.q, some.weights, some.k), some.seen
-                    options = offset_here, ratio, relu, scale
-                    add_gradients(scores, *inputs, start, end, None, *options, *gradients)
+                    inputs = some.q, some.weights, some.k, some.start, some.end
+                    add_gradients(scores, *inputs, None, some.offset, ratio, relu, scale, *gradients)
         return losses.sum().mul_(share), indices, dq, dweights, dk
 
 
