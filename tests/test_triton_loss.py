@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import gc
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -13,6 +15,7 @@ pytest.importorskip("triton", reason="the kernels need Triton")
 
 from headfold import IndexerLoss, indexer_loss, loss_slabs
 from headfold.backends import load
+from headfold.backends.triton import loss
 from headfold.contract import attention_of, score_call
 from headfold.lanes.measure import allocator_peak
 from headfold.lanes.residency import LEAST_SHARE, SMALL_CHANGE
@@ -158,7 +161,7 @@ def test_splits_of_the_keys_are_joined() -> None:
 @pytest.mark.usefixtures("poisoned")
 @pytest.mark.parametrize("visible", ["all", "ratio"])
 def test_slabs_of_few_rows_give_what_one_slab_gives(visible: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    case = Case(35, 37, b=2, h=2, d=16, visible=visible)
+    case = Case(18, 37, b=2, h=2, d=16, visible=visible)
     beside = attention(case, np=2)
     reduced: list[tuple[torch.Size, bool]] = []
 
@@ -173,7 +176,7 @@ def test_slabs_of_few_rows_give_what_one_slab_gives(visible: str, monkeypatch: p
     monkeypatch.setattr(loss_slabs, "_PRODUCT_ROWS", 16)
     reduced.clear()
     parted = body(case, needs=True, reduce=reduce, **options)
-    assert len(reduced) == 6
+    assert len(reduced) == 4
     assert all(dense for _, dense in reduced)
     assert_near([x for x in parted if x.is_floating_point()], [x for x in whole if x.is_floating_point()], 1e-13)
     assert torch.equal(parted[1], whole[1])
@@ -224,15 +227,23 @@ def test_axes_may_be_empty(shape: tuple[int, int]) -> None:
     assert indices.shape == (1, shape[0], 2)
 
 
+def _collected(run: Callable[..., Any], *args: Any, **options: Any) -> Any:
+    gc.collect()
+    return run(*args, **options)
+
+
 @pytest.mark.parametrize("options", [{}, {"topk": 64, "sparse": True}], ids=["dense", "sparse"])
 def test_measured_bytes_are_the_planned_ones(options: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    case = Case(80, 300, h=2, d=16)
+    case = Case(20, 300, h=2, d=16)
     beside = attention(case, np=1)
-    monkeypatch.setattr(loss_slabs, "_SLAB_BYTES", 300_000)
-    plan = LossSlab.of(1, 80, 300, 2, 16, 1, 8, options.get("topk"), relu=True)
+    monkeypatch.setattr(loss_slabs, "_SLAB_BYTES", 90_000)
+    for name in ("_scores", "_compare"):  # the interpreter holds what a launch was given in cycles
+        monkeypatch.setattr(loss, name, partial(_collected, getattr(loss, name)))
+    plan = LossSlab.of(1, 20, 300, 2, 16, 1, 8, options.get("topk"), relu=True)
+    assert plan.rows == 16
     measured = allocator_peak(partial(body, case, needs=True, beside=beside, **options), DEVICE)
     held = sum(x.untyped_storage().nbytes() for x in measured.result if x is not None)
-    inputs = 8 * (80 * 2 * 16 + 80 * 2 + 300 * 16)  # made within
+    inputs = 8 * (20 * 2 * 16 + 20 * 2 + 300 * 16)  # made within
     scratch = measured.peak - held - inputs
     assert LEAST_SHARE * plan.backward_bytes <= scratch <= plan.backward_bytes + 4096 < SMALL_CHANGE
 
