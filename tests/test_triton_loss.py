@@ -151,7 +151,7 @@ def test_heads_of_query_share_the_heads_of_key_and_any_width_serves(np: int, np_
 
 
 def test_splits_of_the_keys_are_joined() -> None:
-    case = Case(3, loss_slabs.SPLIT_KEYS + 70, h=2, d=16, visible="ragged")
+    case = Case(3, loss_slabs.SPLIT_KEYS + 70, h=2, d=16, visible="causal")
     inputs, beside = leaves(case), attention(case, np=2)
     beside[1][0] *= 40  # maxima that differ between splits
     call = call_of(case)
