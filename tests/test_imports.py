@@ -15,7 +15,7 @@ ROOT = Path(headfold.__file__).parent
 FLOORS = [
     ["tiles", "bills", "score_tiles"],
     ["triton_tiles"],
-    ["geometry", "layout", "keyrange", "loss_tiles"],
+    ["geometry", "layout", "keyrange", "loss_tiles", "loss_slabs"],
     ["contract", "presets", "attention_tiles", "parallel"],
     ["materialized", "backends"],
     ["ops", "materialized_attention", "materialized_loss"],
