@@ -1,6 +1,7 @@
-"""Write the measured tables and figures of the README and docs from docs/results/report.json.
+"""Write the measured tables and figures of the README and docs from docs/results/report.json and warmup.json.
 
     headfold prove --full --rounds 3 --threads 2 --report docs/results     # measures
+    python examples/warmup.py --threads 1 --out docs/results               # measures the example
     python docs/regenerate.py                                              # writes it into the pages
     python docs/regenerate.py --check                                      # exits 1 when a page says otherwise
 
@@ -112,11 +113,25 @@ def selection(report: Report) -> str:
     return "\n\n".join(parts)
 
 
+def warmup(_: Report) -> str:
+    """Recall and loss of the example's selections, from a file of their own."""
+    found = json.loads((DOCS / "results" / "warmup.json").read_text(encoding="utf-8"))
+    settings, recall, loss = found["settings"], found["recall"], found["loss"]
+    table = [[n, f"{recall.get(n, 1.0):.3f}", f"{x:.4f}", f"{x - loss['dense']:+.4f}"] for n, x in loss.items()]
+    head = [f"{settings['topk']} keys of up to {settings['context']}", "recall", "loss, nats per byte", "above dense"]
+    return tabulate(table, head, tablefmt="github", disable_numparse=True) + (
+        f"\n\nHeld-out text, {settings['layers']} layers, {settings['steps']} steps of the model and "
+        f"{settings['warmup_steps']} of the indexer, {found['seconds']['all']:.0f} seconds, threads: "
+        f"{found['environment']['threads']}."
+    )
+
+
 MEASURED: dict[str, Callable[[Report], str]] = {
     "headline": headline,
     "residency": residency,
     "speed": speed,
     "selection": selection,
+    "warmup": warmup,
     "conditions": lambda report: f"Measured at {conditions(report)}.",
 }
 

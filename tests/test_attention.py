@@ -14,9 +14,9 @@ from torch.utils.flop_counter import FlopCounterMode
 import headfold
 from headfold import Attention, KeyRange, UnsupportedError, attention_tiles, index_mask, ops, sparse_attention
 from headfold.attention import _attend
+from headfold.attention_contract import AttentionCall, attention_call
 from headfold.attention_tiles import AttentionTile, gathers
 from headfold.backends import eager
-from headfold.contract import AttentionCall, attention_call
 from headfold.lanes.budget import ATTENTION_DEFAULTS, spend_attention
 from headfold.lanes.measure import allocator_peak
 from headfold.lanes.residency import LEAST_SHARE, SMALL_CHANGE

@@ -23,6 +23,7 @@ from headfold.lanes import parity as parity_lane
 from headfold.lanes import speed as speed_lane
 from headfold.lanes.problem import Problem, from_file
 from headfold.lanes.record import show
+from headfold.lanes.residency import Measured
 
 TINY = ["--shape", "b=1,sq=32,h=2,d=16"]
 LANES = ["plan", "parity", "residency", "speed", "capture", "prove", "agree", "doctor"]
@@ -67,7 +68,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(parity_lane, "DTYPES", (torch.float32,))
     monkeypatch.setattr(parity_lane, "gradcheck_cases", lambda device: {"causal": {"causal": True}})
     monkeypatch.setattr(measure, "RATE_SIZE", 64)
-    monkeypatch.setattr(measure, "in_fresh_process", lambda *_: 0)
+    monkeypatch.setattr(measure, "in_fresh_process", lambda *_: (Measured(0, 0), 0))
 
 
 def capture(path: Path, metadata: dict[str, str] | None = None, **changes: torch.Tensor | None) -> Path:
@@ -164,7 +165,7 @@ def test_a_failed_verdict_is_in_the_json(run: Run, monkeypatch: pytest.MonkeyPat
 
 
 def test_a_process_peak_above_its_bound_fails(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(measure, "in_fresh_process", lambda *_: 1 << 30)
+    monkeypatch.setattr(measure, "in_fresh_process", lambda *_: (Measured(0, 0), 1 << 30))
     done = run("residency", *TINY, "--json")
     assert done.status == 1
     failed = {row["path"] for row in done.lanes[0]["rows"] if row["verdict"] == "fail"}

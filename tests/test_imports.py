@@ -13,10 +13,11 @@ ROOT = Path(headfold.__file__).parent
 # Each floor may import the floors before it, and modules of its own floor may not import one another unless they are
 # one package.
 FLOORS = [
-    ["tiles", "bills", "score_tiles"],
-    ["triton_tiles"],
-    ["geometry", "layout", "keyrange", "loss_tiles", "loss_slabs"],
-    ["contract", "presets", "attention_tiles", "parallel"],
+    ["tiles", "bills", "flops", "score_tiles"],
+    ["layout", "keyrange", "loss_tiles", "attention_tiles", "dense_bills", "triton_tiles"],
+    ["geometry", "loss_slabs"],
+    ["contract", "presets", "parallel"],
+    ["attention_contract"],
     ["materialized", "backends"],
     ["ops", "materialized_attention", "materialized_loss"],
     ["scores", "attention", "selected", "loss", "selection", "selection_record", "mask"],

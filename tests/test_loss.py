@@ -18,9 +18,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from cases import Case
 from headfold import IndexerLoss, KeyRange, UnsupportedError, index_topk, indexer_loss, ops
+from headfold.attention_contract import attention_of
 from headfold.backends import eager
 from headfold.backends.eager import teacher, walks
-from headfold.contract import attention_of, score_call
+from headfold.contract import score_call
 from headfold.lanes.budget import DEFAULTS
 from headfold.lanes.measure import allocator_peak
 from headfold.lanes.residency import LEAST_SHARE, SMALL_CHANGE

@@ -16,18 +16,24 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import headfold as package
 from headfold import index_scores
-from headfold.geometry import ITEMSIZE, PATHS, IndexerGeometry, visible_pairs
-from headfold.lanes import paths
+from headfold.flops import visible_pairs
+from headfold.geometry import ATTENDING, ITEMSIZE, LOSSES, PATHS, IndexerGeometry
+from headfold.lanes import paths, training_paths
 from headfold.lanes.measure import allocator_peak
 from headfold.lanes.plan import plan
-from headfold.lanes.problem import Problem, incoming
+from headfold.lanes.problem import Problem
 from headfold.lanes.residency import LEAST_SHARE
 from headfold.presets import PRESETS, SHAPES, find_preset, parse_shape
 
 CPU = torch.device("cpu")
 Shape = tuple[int, int, int, int, int]
 FULL = IndexerGeometry(8, 4096, 4096, 32, 128)
-MAKERS = {"materialized": paths.materialized, "per-head loop": paths.loop, "headfold": paths.headfold}
+MAKERS: dict[str, paths.Make] = {
+    "materialized": paths.materialized,
+    "per-head loop": paths.loop,
+    "headfold": paths.headfold,
+    **training_paths.MAKERS,
+}
 # b, sq, sk, h, d: few heads and many, more rows than keys and fewer, keys or channels wider than everything else.
 MEASURED: list[Shape] = [
     (1, 64, 128, 4, 32),
@@ -40,14 +46,21 @@ MEASURED: list[Shape] = [
     (2, 8, 8, 2, 256),
 ]
 
+TRAINED = [
+    IndexerGeometry(1, 256, 256, 4, 16, 64, np=8, np_k=8, hn=32, v_dim=32),
+    IndexerGeometry(2, 96, 160, 2, 8, 32, np=4, np_k=1, hn=24, v_dim=16),
+    IndexerGeometry(2, 64, 200, 8, 32, 200, np=2, np_k=2, hn=64, v_dim=64),
+    IndexerGeometry(1, 200, 64, 4, 16, 16, np=1, np_k=1, hn=64, v_dim=128),
+]
+
 
 def peaks(problem: Problem, path: str) -> dict[str, int]:
     """Measure each part of a path's bill."""
-    score = MAKERS[path]()
+    score = MAKERS[path](problem.geometry, CPU, None)
     with torch.no_grad():
-        tensors = problem.tensors(CPU)
+        tensors = score.inputs(problem, CPU)
         forward = allocator_peak(lambda: score(tensors, problem.causal, problem.scale), CPU).peak
-    leaves, g = problem.tensors(CPU, grad=True), incoming(problem, CPU)
+    leaves, g = score.inputs(problem, CPU, grad=True), score.incoming(problem, CPU)
     trained = allocator_peak(lambda: score(leaves, problem.causal, problem.scale), CPU)
     scores = [trained.result]
     backward = allocator_peak(lambda: torch.autograd.grad(scores[0], leaves, g), CPU)
@@ -68,8 +81,8 @@ def misses(problem: Problem, path: str) -> dict[str, tuple[int, int]]:
 @pytest.fixture(autouse=True, scope="module")
 def warm() -> Iterator[None]:
     """Let the libraries allocate what they keep for good; spare the collector the heap at every measurement."""
-    for path in PATHS:
-        peaks(Problem(IndexerGeometry(1, 8, 8, 2, 8)), path)
+    for path in (*PATHS, *LOSSES, *ATTENDING):
+        peaks(Problem(IndexerGeometry(1, 8, 8, 2, 8, 4, np=2, np_k=1, hn=4, v_dim=4)), path)
     gc.collect()
     gc.freeze()
     yield
@@ -81,6 +94,14 @@ def warm() -> Iterator[None]:
 @pytest.mark.parametrize("path", PATHS)
 def test_bills_are_what_the_allocator_measures(path: str, shape: Shape, dtype: str) -> None:
     assert misses(Problem(IndexerGeometry(*shape, dtype=dtype)), path) == {}
+
+
+@pytest.mark.parametrize("dtype", ITEMSIZE)
+@pytest.mark.parametrize("g", TRAINED, ids=str)
+@pytest.mark.parametrize("path", [*LOSSES, *ATTENDING])
+def test_bills_of_training_are_what_the_allocator_measures(path: str, g: IndexerGeometry, dtype: str) -> None:
+    for causal in (False, True):
+        assert misses(Problem(g.with_(dtype=dtype), causal), path) == {}
 
 
 @pytest.mark.parametrize("shape", [(2, 64, 48, 1, 16), (1, 48, 64, 4, 16), (1, 300, 40, 8, 128)], ids=str)

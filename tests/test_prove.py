@@ -20,8 +20,8 @@ from headfold.lanes import parity as parity_lane
 from headfold.lanes.budget import Spent, spend
 from headfold.lanes.measure import allocator_peak, in_fresh_process, process_peak
 from headfold.lanes.parity import parity
-from headfold.lanes.paths import per_head_loop
-from headfold.lanes.problem import Problem, from_file, incoming
+from headfold.lanes.paths import headfold, per_head_loop
+from headfold.lanes.problem import Problem, from_file
 from headfold.lanes.record import FAIL, SKIP, Column, Lane, show, show_bytes
 from headfold.lanes.residency import PROCESS_SLACK, residency
 from headfold.lanes.speed import speed
@@ -114,7 +114,7 @@ def test_what_does_not_fit_is_not_started_and_names_its_bytes(monkeypatch: pytes
     assert lane.passed
 
 
-def unstartable_training() -> Any:
+def unstartable_training(*_: Any) -> Any:
     """Return the materialised path, whose scores of the problem itself may not be asked for under autograd."""
     from headfold.lanes.paths import IndexerPath
 
@@ -122,7 +122,7 @@ def unstartable_training() -> Any:
         assert not (q.requires_grad and len(q) == 128), "started"
         return index_scores(q, weights, k, causal=causal, scale=scale, impl="materialized")
 
-    return IndexerPath("materialized", "materialized", forward)
+    return IndexerPath("materialized", "materialized", forward, unstartable_training)
 
 
 @pytest.mark.parametrize(("dtype", "multiplied"), [(torch.bfloat16, torch.float32), (torch.float64, torch.float64)])
@@ -195,7 +195,8 @@ def test_the_loop_that_is_compared_with_scores_as_the_oracle_does() -> None:
 def test_inputs_and_incoming_gradient_are_the_same_each_time() -> None:
     for first, second in zip(TINY.tensors(CPU), TINY.tensors(CPU), strict=True):
         assert torch.equal(first, second)
-    assert torch.equal(incoming(TINY, CPU), incoming(TINY, CPU))
+    path = headfold(TINY.geometry, CPU)
+    assert torch.equal(path.incoming(TINY, CPU), path.incoming(TINY, CPU))
 
 
 def test_the_allocator_sees_what_was_freed_and_what_was_left() -> None:

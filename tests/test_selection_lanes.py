@@ -37,7 +37,8 @@ def test_planned_bytes_of_a_selection_are_measured_bytes(
     problem = Problem(IndexerGeometry(*shape, dtype=dtype), causal=True)
     workspace = max(workspace, problem.geometry.selection(0).scratch_bytes)
     tensors = problem.tensors(CPU)
-    for path in (headfold_topk(problem.geometry.topk, workspace), materialized_topk(problem.geometry.topk)):
+    g = problem.geometry
+    for path in (headfold_topk(g, CPU, workspace), materialized_topk(g, CPU)):
         path(tensors, True, 1.0)
         peak = allocator_peak(lambda path=path: path(tensors, True, 1.0), CPU).peak  # type: ignore[misc]
         planned = path.bill(problem, CPU).forward

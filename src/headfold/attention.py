@@ -5,14 +5,15 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, NamedTuple
 
 from headfold import backends, materialized_attention, ops
+from headfold.attention_contract import attention_call
 from headfold.attention_tiles import gathers
-from headfold.contract import attention_call, enough_workspace, reverse_mode_only, wants_grad
+from headfold.contract import enough_workspace, reverse_mode_only, wants_grad
 from headfold.layout import from_batch_first
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from headfold.contract import AttentionCall
+    from headfold.attention_contract import AttentionCall
     from headfold.keyrange import KeyRange
 
 

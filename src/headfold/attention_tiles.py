@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from headfold.geometry import visible_pairs
+from headfold.flops import visible_pairs
 
 # Logits of one slab; a backward holds two slabs. Keys of one span, gathered or cast.
 _GATHERED_LOGITS = 1 << 20

@@ -35,10 +35,13 @@ from headfold.lanes.problem import Problem, from_file
 from headfold.lanes.record import FAIL, PASS, SKIP, Lane
 from headfold.lanes.residency import residency as run_residency
 from headfold.lanes.residency import selection_residency as run_selection_residency
+from headfold.lanes.residency import training_residency as run_training_residency
 from headfold.lanes.selection_parity import selection_parity as run_selection_parity
 from headfold.lanes.selection_speed import selection_speed as run_selection_speed
 from headfold.lanes.speed import speed as run_speed
 from headfold.lanes.speed import sweep as run_sweep
+from headfold.lanes.training_parity import training_parity as run_training_parity
+from headfold.lanes.training_speed import training_speed as run_training_speed
 from headfold.presets import SHAPES, find_preset, parse_shape
 
 app = typer.Typer(
@@ -53,7 +56,7 @@ STYLES = {PASS: "green", FAIL: "bold red", SKIP: "yellow"}
 
 Preset = Annotated[str | None, typer.Option(help="A published model's indexer, such as deepseek-v3.2 or glm-5.")]
 Shape = Annotated[
-    str | None, typer.Option(help='small, prod, full, chunk, or text like "b=1,sq=4096,sk=4096,h=32,d=128".')
+    str | None, typer.Option(help='small, prod, full, chunk, train, or text like "b=1,sq=4096,sk=4096,h=32,d=128".')
 ]
 Inputs = Annotated[Path | None, typer.Option(help="A safetensors file with captured q, weights and k.")]
 Tokens = Annotated[
@@ -103,6 +106,8 @@ def parity(
     lanes = [run_parity(problem, where, impl=impl, track=_track(as_json))]
     if problem.geometry.topk:
         lanes.append(run_selection_parity(problem, where, impl=impl, track=_track(as_json)))
+    if problem.geometry.np:
+        lanes.append(run_training_parity(problem, where, impl=impl, track=_track(as_json)))
     _finish(lanes, as_json)
 
 
@@ -136,6 +141,8 @@ def residency(
         lanes += report.long_selections(where, workspace=workspace, process=process, track=track)
     elif problem.geometry.topk:
         lanes.append(run_selection_residency(problem, where, workspace=workspace, process=process, track=track))
+    if not full and problem.geometry.np:
+        lanes.append(run_training_residency(problem, where, workspace=workspace, process=process, track=track))
     _finish(lanes, as_json)
 
 
@@ -158,7 +165,7 @@ def speed(
     ] = False,
     targets: Annotated[
         bool,
-        typer.Option("--targets", help="Judge the project's speed targets (two CPU cores, prod and chunk)."),
+        typer.Option("--targets", help="Judge the project's speed targets (two CPU cores, prod, chunk and train)."),
     ] = False,
     device: Device = "cpu",
     threads: Threads = None,
@@ -177,6 +184,9 @@ def speed(
         # The targets of scoring and of selecting are stated at shapes of their own.
         chosen = Problem(SHAPES["chunk"]) if targets and problem == Problem(SHAPES["prod"]) else problem
         lanes.append(run_selection_speed(chosen, where, **options))
+    if targets or problem.geometry.np:
+        trained = problem if problem.geometry.np else Problem(SHAPES["train"])
+        lanes.append(run_training_speed(trained, where, **options))
     _finish(lanes, as_json)
 
 

@@ -1,4 +1,4 @@
-"""IndexerGeometry: every byte and FLOP formula of the indexer, as plain integers. No torch.
+"""IndexerGeometry: every byte and FLOP formula of an indexer and of the attention it serves, as integers. No torch.
 
 One byte formula serves the planner, the lanes, the tests and the docs. A peak counts what a call allocates beyond its
 inputs (and beyond the incoming gradient), its results included; tests/test_plan.py holds every bill to measurements.
@@ -9,15 +9,22 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any
 
-from headfold import bills
+from headfold import bills, dense_bills
+from headfold.attention_tiles import AttentionTile, gathers
 from headfold.bills import Bill
-from headfold.tiles import DEFAULT_WORKSPACE, GatherTile, Selection, Tile
+from headfold.flops import score_flops
+from headfold.loss_tiles import LossTile
+from headfold.tiles import DEFAULT_WORKSPACE, MIB, GatherTile, Selection, Tile
+from headfold.triton_tiles import SlabSelection
 
 ITEMSIZE = {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8}
 # Ways to score every key; ways to keep topk keys a row; scoring of the keys that were kept.
 PATHS = ("materialized", "per-head loop", "headfold")
 SELECTING = ("materialized + topk", "headfold top-k")
 SELECTED = "headfold selected scores"
+# The loss that trains an indexer, and attention over what it selected; each with full tensors and by slabs.
+LOSSES = ("materialized loss", "headfold loss")
+ATTENDING = ("materialized attention", "headfold attention")
 
 
 @dataclass(frozen=True)
@@ -29,8 +36,10 @@ class IndexerGeometry:
         topk: keys kept per row; 0 where nothing is selected.
         dtype: of q, weights and k: "float16", "bfloat16", "float32" or "float64".
         relu: whether scores pass through ReLU; without it the heads fold before the product.
+        np, np_k, hn, v_dim: heads of the attention, its key heads, and the widths of a head's keys and values; all 0
+            where only the indexer is looked at.
 
-    Raises: ValueError for a size below its minimum or an unknown dtype.
+    Raises: ValueError for a size below its minimum, an unknown dtype or an attention of which a part is missing.
     """
 
     b: int
@@ -41,6 +50,10 @@ class IndexerGeometry:
     topk: int = 0
     dtype: str = "float32"
     relu: bool = True
+    np: int = 0
+    np_k: int = 0
+    hn: int = 0
+    v_dim: int = 0
 
     def __post_init__(self) -> None:
         """Refuse sizes that no call has."""
@@ -48,6 +61,16 @@ class IndexerGeometry:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < least:
                 raise ValueError(f"IndexerGeometry: {name} must be an integer of at least {least}, got {value!r}.")
+        attention = {name: getattr(self, name) for name in ("np", "np_k", "hn", "v_dim")}
+        if any(attention.values()):
+            for name, value in attention.items():
+                if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                    raise ValueError(
+                        f"IndexerGeometry: {name} must be an integer of at least 1 beside the rest of an attention, "
+                        f"got {value!r}."
+                    )
+            if self.np % self.np_k:
+                raise ValueError(f"IndexerGeometry: np_k must divide np = {self.np}, got {self.np_k}.")
         if self.dtype not in ITEMSIZE:
             raise ValueError(f"IndexerGeometry: dtype must be one of {', '.join(ITEMSIZE)}, got {self.dtype!r}.")
 
@@ -84,6 +107,31 @@ class IndexerGeometry:
     def inputs_bytes(self) -> int:
         """Bytes of q, weights and k."""
         return (self.q_elements + self.weights_elements + self.k_elements) * self.itemsize
+
+    @property
+    def query_elements(self) -> int:
+        """Elements of the attention's query."""
+        return self.b * self.sq * self.np * self.hn
+
+    @property
+    def key_value_elements(self) -> int:
+        """Elements of the attention's key and value."""
+        return self.b * self.sk * self.np_k * (self.hn + self.v_dim)
+
+    @property
+    def attention_bytes(self) -> int:
+        """Bytes of the attention's query, key and value."""
+        return (self.query_elements + self.key_value_elements) * self.itemsize
+
+    @property
+    def attended_bytes(self) -> int:
+        """Bytes of the attention's result."""
+        return self.b * self.sq * self.np * self.v_dim * self.itemsize
+
+    @property
+    def logits_bytes(self) -> int:
+        """Bytes of one [b, np, sq, sk] tensor, which dense attention builds."""
+        return self.scores_bytes * self.np
 
     @property
     def scores_bytes(self) -> int:
@@ -146,6 +194,23 @@ class IndexerGeometry:
         """Return the selecting fold that a workspace leaves room for."""
         return Selection.of(self.tile, self.sk, self.topk, workspace, accelerator=accelerator)
 
+    def loss_tile(self, topk: int | None = None, *, accelerator: bool = False) -> LossTile:
+        """Return the slab of the loss, which selects topk keys, or nothing."""
+        shape = self.np, self.np_k, self.hn, topk
+        return LossTile.of(self.b, self.sq, self.tile, self.sk, *shape, accelerator=accelerator)
+
+    def attention_tile(self, *, accelerator: bool = False) -> AttentionTile:
+        """Return the tile of the walk that attends to topk keys a row."""
+        shape = self.sq, self.sk, self.topk, self.np, self.np_k, self.hn, self.v_dim
+        gathered = gathers(self.sk, self.topk, self.np, self.np_k)
+        sizes = self.compute_itemsize, self.itemsize
+        return AttentionTile.of(gathered, *shape, *sizes, shared=False, accelerator=accelerator)
+
+    def slab_selection(self, workspace: int = DEFAULT_WORKSPACE) -> SlabSelection:
+        """Return the selecting fold of the Triton kernels that a workspace leaves room for."""
+        shape = self.b, self.sq, self.sk, self.heads, self.dim, self.topk, self.compute_itemsize
+        return SlabSelection.of(*shape, workspace, relu=self.relu)
+
     def bill(
         self,
         path: str,
@@ -154,22 +219,28 @@ class IndexerGeometry:
         scale: float = 1.0,
         workspace: int = DEFAULT_WORKSPACE,
         accelerator: bool = False,
+        backend: str = "eager",
     ) -> Bill:
-        """Return what a path allocates: one of PATHS, SELECTING or SELECTED.
+        """Return what a path allocates: one of PATHS, SELECTING, SELECTED, LOSSES or ATTENDING.
 
         A mask or a scale costs the other paths bytes of its own; headfold's scratch has room for them in any case. Only
         a selection grows with its workspace. What selects is not differentiated: its training peak is its forward.
         accelerator: whether torch's sorts take their scratch from the allocator that is billed, as on CUDA.
+        backend: "eager", or "triton", whose selection is billed as its kernels allocate.
         """
         if path == "headfold":
             return self._folded(self.scores_bytes, self.tile)
         if path == "headfold top-k":
-            peak = self.indices_bytes + self.selection(workspace, accelerator=accelerator).scratch_bytes
+            eager = self.selection(workspace, accelerator=accelerator).scratch_bytes
+            scratch = self.slab_selection(workspace).scratch_bytes if backend == "triton" else eager
+            peak = self.indices_bytes + scratch
             return Bill(peak, 0, peak)
         if path == SELECTED:
             return self._folded(self.selected_bytes, self.gather_tile(accelerator=accelerator))
+        if path in (*LOSSES, *ATTENDING):
+            return self._attention_bill(path, causal=causal, scale=scale, accelerator=accelerator)
         if path not in (*PATHS, *SELECTING):
-            known = ", ".join((*PATHS, *SELECTING, SELECTED))
+            known = ", ".join((*PATHS, *SELECTING, SELECTED, *LOSSES, *ATTENDING))
             raise ValueError(f"IndexerGeometry.bill: path must be one of {known}, got {path!r}.")
         size = self.compute_itemsize
         shape = (self.b, self.sq, self.sk, self.heads, self.dim)
@@ -192,6 +263,28 @@ class IndexerGeometry:
             training=scores + max(tile.forward_bytes, backward),
         )
 
+    def _attention_bill(self, path: str, *, causal: bool, scale: float, accelerator: bool) -> Bill:
+        if self.np == 0:
+            raise ValueError(f"IndexerGeometry.bill: {path} needs np, np_k, hn and v_dim, got none.")
+        size = self.compute_itemsize
+        if path == "headfold loss":
+            tile = self.loss_tile(accelerator=accelerator)
+            gradients = self.inputs_bytes // self.itemsize * size
+            # Backward returns each gradient beside the held one, and casts it a block at a time.
+            returned = self.gradients_bytes + (MIB // 4 if self.itemsize < size else 0)
+            training = size + gradients + max(tile.backward_bytes, returned)
+            return Bill(size + tile.forward_bytes, gradients, training)
+        if path == "headfold attention":
+            walk, out = self.attention_tile(accelerator=accelerator), self.attended_bytes
+            sums = size * self.key_value_elements // max(1, self.b) if self.itemsize < size else 0
+            backward = self.attention_bytes + sums + walk.backward_bytes
+            return Bill(out + walk.forward_bytes, 0, out + max(walk.forward_bytes, backward))
+        shape = self.b, self.sq, self.sk, self.topk, self.np, self.hn, self.v_dim
+        dense = dense_bills.Dense(*shape, self.itemsize, size, causal)
+        if path == "materialized loss":
+            return dense_bills.full_loss(self.bill("materialized", causal=causal, scale=scale), dense)
+        return dense_bills.dense_attention(dense)
+
     def forward_flops(self, *, causal: bool = False) -> int:
         """FLOPs of the scores: two per multiply-add of the product and of the fold over heads."""
         return self._flops(1, causal)
@@ -205,41 +298,3 @@ class IndexerGeometry:
         return score_flops(
             self.b, self.sq, self.sk, self.heads, self.dim, products=products, relu=self.relu, offset=offset
         )
-
-
-def visible_pairs(sq: int, sk: int, offset: int | None = None, ratio: int = 1) -> int:
-    """Count the (row, key) pairs within the static bound of a KeyRange: Σ_s clamp((s + 1 + offset) // ratio, 0, sk)."""
-    if offset is None:
-        return sq * sk
-    first = max(0, min(sq, ratio - 1 - offset))
-    full = max(first, min(sq, sk * ratio - 1 - offset))
-    return _sum_of_floors(full + 1 + offset, ratio) - _sum_of_floors(first + 1 + offset, ratio) + (sq - full) * sk
-
-
-def _sum_of_floors(n: int, ratio: int) -> int:
-    """Return Σ_{0 <= x < n} x // ratio."""
-    whole, rest = divmod(max(0, n), ratio)
-    return ratio * whole * (whole - 1) // 2 + rest * whole
-
-
-def score_flops(
-    b: int,
-    sq: int,
-    sk: int,
-    h: int,
-    d: int,
-    *,
-    products: int,
-    relu: bool = True,
-    offset: int | None = None,
-    ratio: int = 1,
-) -> int:
-    """Count the FLOPs of `products` matrix products over the visible pairs, and of the fold over heads.
-
-    With ReLU every product runs over all heads and the logits are weighted and summed once. Without it the heads
-    fold first, and a product runs over one folded head.
-    """
-    pairs = b * visible_pairs(sq, sk, offset, ratio)
-    if relu:
-        return 2 * pairs * h * (products * d + 1)
-    return 2 * pairs * products * d + 2 * b * sq * h * d

@@ -5,14 +5,13 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, NamedTuple
 
 from headfold import backends, materialized_loss, ops
+from headfold.attention_contract import attention_of, rows_of
 from headfold.contract import (
     at_least,
-    attention_of,
     enough_workspace,
     number,
     one_of,
     reverse_mode_only,
-    rows_of,
     score_call,
     wants_grad,
 )

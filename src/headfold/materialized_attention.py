@@ -15,7 +15,7 @@ from headfold.materialized import invisible
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from headfold.contract import AttentionCall
+    from headfold.attention_contract import AttentionCall
 
 
 def sparse_attention(call: AttentionCall) -> tuple[Tensor, Tensor]:

@@ -32,7 +32,19 @@ class Preset:
 
     def geometry(self, *, b: int = 1, tokens: int = 4096, dtype: str = "bfloat16") -> IndexerGeometry:
         """Return the geometry of one layer's indexer over a prefill of `tokens` positions."""
-        return IndexerGeometry(b, tokens, tokens // self.ratio, self.heads, self.dim, self.topk, dtype)
+        return IndexerGeometry(
+            b,
+            tokens,
+            tokens // self.ratio,
+            self.heads,
+            self.dim,
+            self.topk,
+            dtype,
+            np=self.attention_heads,
+            np_k=self.attention_heads,
+            hn=self.qk_dim,
+            v_dim=self.v_dim,
+        )
 
 
 PRESETS: dict[str, Preset] = {
@@ -71,12 +83,13 @@ PRESETS: dict[str, Preset] = {
 }  # fmt: skip
 
 # The seed gives "full"; "prod" is one sequence of it, which a laptop can also run materialised; "small" takes seconds.
-# "chunk" is a chunk of a long prefill, where selecting costs most beside scoring.
+# "chunk" is a chunk of a long prefill, where selecting costs most beside scoring; "train" a layer that is trained.
 SHAPES: dict[str, IndexerGeometry] = {
     "small": IndexerGeometry(1, 512, 512, 8, 64, topk=128),
     "prod": IndexerGeometry(1, 4096, 4096, 32, 128, topk=2048),
     "full": IndexerGeometry(8, 4096, 4096, 32, 128, topk=2048),
     "chunk": IndexerGeometry(1, 2048, 16384, 32, 128, topk=2048),
+    "train": IndexerGeometry(1, 2048, 2048, 16, 64, topk=256, np=16, np_k=16, hn=64, v_dim=64),
 }
 # Where a score matrix would be 1 GiB, and 512 MiB for a chunk of rows: what `residency --full` selects from.
 LONG_SHAPES = (
@@ -85,13 +98,14 @@ LONG_SHAPES = (
 )
 
 _FIELDS = {"b": "b", "sq": "sq", "sk": "sk", "h": "heads", "d": "dim", "topk": "topk", "dtype": "dtype"}
+_FIELDS |= {name: name for name in ("np", "np_k", "hn", "v_dim")}
 _EXAMPLE = "b=1,sq=4096,sk=4096,h=32,d=128"
 
 
 def parse_shape(text: str) -> IndexerGeometry:
-    """Return a geometry from "small", "prod", "full", "chunk" or text such as "b=1,sq=4096,sk=4096,h=32,d=128".
+    """Return a geometry from a name of SHAPES, or from text such as "b=1,sq=4096,sk=4096,h=32,d=128".
 
-    sk defaults to sq, b to 1, topk to 0 and dtype to float32.
+    sk defaults to sq, b to 1, topk to 0 and dtype to float32; with an attention, np_k to np and v_dim to hn.
 
     Raises: ValueError saying what did not parse.
     """
@@ -102,7 +116,8 @@ def parse_shape(text: str) -> IndexerGeometry:
         key, equals, value = (piece.strip() for piece in part.partition("="))
         if not equals or key not in _FIELDS or key in found:
             raise ValueError(
-                f'--shape: needs {", ".join(SHAPES)} or text like "{_EXAMPLE}" (also topk=, dtype=), '
+                f'--shape: needs {", ".join(SHAPES)} or text like "{_EXAMPLE}" (also topk=, dtype=, and '
+                "np=, hn=, np_k=, v_dim= of an attention), "
                 f"got {text!r}, which breaks at {part!r}."
             )
         found[key] = value
@@ -114,6 +129,9 @@ def parse_shape(text: str) -> IndexerGeometry:
     dtype = found.pop("dtype", "float32")
     sizes = {key: _size(key, value) for key, value in found.items()}
     sizes = {"b": 1, "sk": sizes["sq"], **sizes}
+    for missing_one, like in (("np_k", "np"), ("v_dim", "hn")):
+        if like in sizes:
+            sizes.setdefault(missing_one, sizes[like])
     return IndexerGeometry(**{_FIELDS[key]: size for key, size in sizes.items()}, dtype=dtype)  # type: ignore[arg-type]
 
 

@@ -15,9 +15,11 @@ from headfold.tiles import MIB
 _SLAB_BYTES = 32 * MIB
 # What is kept of its rows, and waits; with a slab this leaves the default workspace room to spare.
 _KEPT_BYTES = 24 * MIB
-# The fixed grid: slabs begin at a multiple of so many rows, fewer where even those are large.
+# The fixed grid: slabs begin at a multiple of so many rows, and of the rows that one program scores, so that a row has
+# one place in its tile whatever the workspace. Fewer where even those are large: no GPU's product depends on the place.
 _ROWS = 16
-_LEAST_BYTES = 4 * MIB
+_PRODUCT_ROWS = 128  # rows x heads
+_LEAST_BYTES = 12 * MIB
 # Scores that a row of a slab is padded to, so that rows begin where vector loads can.
 PADDING = 64
 # Keys that may wait for the cut. The pivots of a sample of 1024 keys leave 1400 between them where one key in eight of
@@ -26,6 +28,7 @@ _WAITING, _WAITING_LONG, _LONG = 4096, 8192, 65536
 # The sorting network takes two blocks in registers: as many as are kept, or two of these at a time.
 _SORTED = 1024
 _KEY = 4  # bytes of an int32
+_GRID = 65535  # programs along the second and third axis of a CUDA grid, which batches lie along
 
 
 @dataclass(frozen=True)
@@ -76,8 +79,8 @@ class Kept:
 class SlabSelection:
     """A fold of slabs of scores into the best keys of each row.
 
-    elements: scores of a slab.   least: rows of the fixed grid, of which a slab holds a whole number.   folded: bytes of
-    the queries of a slab's rows folded over heads, where there is no activation.
+    elements: scores of a slab.   least: rows of the fixed grid, of which a slab holds a whole number.   folded: bytes
+    of the queries of a slab's rows folded over heads, where there is no activation.
     """
 
     kept: Kept
@@ -92,12 +95,15 @@ class SlabSelection:
         """Return the fold that a workspace leaves room for, or the smallest there is."""
         one = Kept.of(1, sk, topk, size)
         scored, kept_row = padded(sk) * size, one.row_bytes + (0 if relu else d * size)
-        least = max(1, min(sq, _ROWS, _LEAST_BYTES // max(1, scored + kept_row)))
+        least = max(_ROWS, _PRODUCT_ROWS >> (h - 1).bit_length())
+        while least > 1 and min(sq, least) * (scored + kept_row) > _LEAST_BYTES:
+            least //= 2
+        least = max(1, min(sq, least))
         kept = max(least * kept_row, min(_KEPT_BYTES, workspace * 3 // 7))
         slab = max(least * scored, min(_SLAB_BYTES, workspace - kept))
         kept = max(least * kept_row, min(kept, workspace - slab))
         most = max(1, b) * -(-sq // least) * least
-        rows = max(least, min(most, kept // kept_row // least * least))
+        rows = max(least, min(most, min(kept // kept_row, _GRID) // least * least))
         elements = max(least, min(most, slab // max(1, scored))) * padded(sk)
         return cls(replace(one, rows=rows), elements, least, ScoreTile(1, rows, sk, h, d, size, relu).folded_bytes)
 

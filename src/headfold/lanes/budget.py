@@ -20,7 +20,8 @@ from torch import Tensor
 
 from headfold import materialized, materialized_attention
 from headfold.attention import _attend
-from headfold.contract import AttentionCall, ScoreCall, attention_call, score_call
+from headfold.attention_contract import AttentionCall, attention_call
+from headfold.contract import ScoreCall, score_call
 from headfold.scores import index_scores
 from headfold.selected import selected_scores
 

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from headfold.bills import Bill
 from headfold.geometry import SELECTED, SELECTING, IndexerGeometry
-from headfold.lanes.problem import Problem
+from headfold.lanes.problem import Problem, normal
 from headfold.lanes.record import show_bytes
 from headfold.scores import index_scores
 from headfold.selected import selected_scores
@@ -23,21 +23,31 @@ class IndexerPath:
     """One way to score or to select, given q, weights and k in layout sbhd.
 
     family: its name in IndexerGeometry.bill.   forward: called as forward(q, weights, k, causal, scale).
+    make: makes this path for a geometry, a device and a workspace, as in another process.
     workspace: what it was given, for headfold.   trains: whether its result has a gradient.
     kept: whether its result has topk columns, where scores have sk.
     """
 
     name: str
     family: str
-    forward: Callable[[Tensor, Tensor, Tensor, bool, float], Tensor]
+    forward: Callable[..., Tensor]
+    make: Make
     workspace: int | None = None
     trains: bool = True
     kept: bool = False
 
     def __call__(self, inputs: Sequence[Tensor], causal: bool, scale: float) -> Tensor:
         """Score q, weights and k, or select by them."""
-        q, weights, k = inputs
-        return self.forward(q, weights, k, causal, scale)
+        return self.forward(*inputs, causal, scale)
+
+    def inputs(self, problem: Problem, device: torch.device, *, grad: bool = False) -> list[Tensor]:
+        """Make what it is called with, and differentiated by."""
+        return problem.tensors(device, grad=grad)
+
+    def incoming(self, problem: Problem, device: torch.device) -> Tensor:
+        """Return a fixed gradient of its result, of either sign, in the compute dtype."""
+        g = problem.geometry
+        return normal((g.b, g.sq, g.topk if self.kept else g.sk), device, g.dtype)
 
     @property
     def ours(self) -> bool:
@@ -66,80 +76,85 @@ class IndexerPath:
             return g.scores_bytes
         return g.selected_bytes if self.trains else g.indices_bytes
 
+    def inputs_bytes(self, g: IndexerGeometry) -> int:
+        """Return the bytes of what it is called with."""
+        return g.inputs_bytes
 
-def scoring(g: IndexerGeometry, workspace: int | None = None, *, with_loop: bool = True) -> list[IndexerPath]:
+    def gradients_bytes(self, g: IndexerGeometry) -> int:
+        """Return the bytes of its gradients, and of the sums that they are cast from."""
+        return g.gradients_bytes + g.accumulator_bytes
+
+
+Make = Callable[[IndexerGeometry, torch.device, int | None], IndexerPath]
+
+
+def scoring(
+    g: IndexerGeometry, device: torch.device, workspace: int | None = None, *, with_loop: bool = True
+) -> list[IndexerPath]:
     """Every way to score; headfold at a workspace, or at both the default and 16 MiB (the smallest, if larger)."""
-    others = [materialized(), *([loop()] if with_loop else [])]
-    return others + [headfold(*at) for at in _workspaces("headfold", workspace, g.backward_scratch)]
+    others = [materialized(g, device), *([loop(g, device)] if with_loop else [])]
+    return others + at_workspaces(headfold, g, device, workspace, g.backward_scratch)
 
 
 def selecting(g: IndexerGeometry, device: torch.device, workspace: int | None = None) -> list[IndexerPath]:
     """Every way to select and to score a selection; headfold at a workspace, or at two."""
     least = g.selection(0, accelerator=device.type != "cpu").scratch_bytes
-    ours = [headfold_topk(g.topk, *at) for at in _workspaces("headfold top-k", workspace, least)]
-    return [materialized_topk(g.topk), *ours, headfold_selected(g, device, workspace)]
+    ours = at_workspaces(headfold_topk, g, device, workspace, least)
+    return [materialized_topk(g, device), *ours, headfold_selected(g, device, workspace)]
 
 
-def rebuilt(family: str, g: IndexerGeometry, device: torch.device, workspace: int | None) -> IndexerPath:
-    """Return the path of a family for another geometry, or in another process."""
-    makers: dict[str, Callable[[], IndexerPath]] = {
-        "materialized": materialized,
-        "per-head loop": loop,
-        "headfold": lambda: headfold(workspace),
-        SELECTING[0]: lambda: materialized_topk(g.topk),
-        SELECTING[1]: lambda: headfold_topk(g.topk, workspace),
-        SELECTED: lambda: headfold_selected(g, device, workspace),
-    }
-    return makers[family]()
-
-
-def _workspaces(name: str, workspace: int | None, least: int) -> list[tuple[int | None, str]]:
-    if workspace is not None:
-        return [(workspace, f"{name}, {show_bytes(workspace)} workspace")]
+def at_workspaces(
+    make: Make, g: IndexerGeometry, device: torch.device, workspace: int | None, least: int
+) -> list[IndexerPath]:
+    """Make a path at a workspace, or at both the default and 16 MiB (the smallest that works, if larger)."""
     small = max(16 * MIB, least)
-    return [(None, name), (small, f"{name}, {show_bytes(small)} workspace")]
+    paths = [make(g, device, at) for at in ([None, small] if workspace is None else [workspace])]
+    return [
+        path if path.workspace is None else replace(path, name=f"{path.family}, {show_bytes(path.workspace)} workspace")
+        for path in paths
+    ]
 
 
-def headfold(workspace: int | None = None, label: str = "headfold") -> IndexerPath:
+def headfold(g: IndexerGeometry, device: torch.device, workspace: int | None = None) -> IndexerPath:
     """Our scores, at a workspace."""
 
     def forward(q: Tensor, weights: Tensor, k: Tensor, causal: bool, scale: float) -> Tensor:
         return index_scores(q, weights, k, causal=causal, scale=scale, workspace=workspace)
 
-    return IndexerPath(label, "headfold", forward, workspace)
+    return IndexerPath("headfold", "headfold", forward, headfold, workspace)
 
 
-def materialized() -> IndexerPath:
+def materialized(g: IndexerGeometry, device: torch.device, _: int | None = None) -> IndexerPath:
     """The upstream-style einsum over all heads."""
 
     def forward(q: Tensor, weights: Tensor, k: Tensor, causal: bool, scale: float) -> Tensor:
         return index_scores(q, weights, k, causal=causal, scale=scale, impl="materialized")
 
-    return IndexerPath("materialized", "materialized", forward)
+    return IndexerPath("materialized", "materialized", forward, materialized)
 
 
-def loop() -> IndexerPath:
+def loop(g: IndexerGeometry, device: torch.device, _: int | None = None) -> IndexerPath:
     """The seed's answer: one head at a time, added into the output."""
-    return IndexerPath("per-head loop", "per-head loop", per_head_loop)
+    return IndexerPath("per-head loop", "per-head loop", per_head_loop, loop)
 
 
-def materialized_topk(topk: int) -> IndexerPath:
+def materialized_topk(g: IndexerGeometry, device: torch.device, _: int | None = None) -> IndexerPath:
     """Upstream's selection: torch.topk of the whole score matrix, whose ties fall as they may."""
 
     def forward(q: Tensor, weights: Tensor, k: Tensor, causal: bool, scale: float) -> Tensor:
         scores = index_scores(q, weights, k, causal=causal, scale=scale, impl="materialized")
-        return torch.topk(scores, min(topk, scores.shape[-1])).indices
+        return torch.topk(scores, min(g.topk, scores.shape[-1])).indices
 
-    return IndexerPath(SELECTING[0], SELECTING[0], forward, trains=False, kept=True)
+    return IndexerPath(SELECTING[0], SELECTING[0], forward, materialized_topk, trains=False, kept=True)
 
 
-def headfold_topk(topk: int, workspace: int | None = None, label: str = "headfold top-k") -> IndexerPath:
+def headfold_topk(g: IndexerGeometry, device: torch.device, workspace: int | None = None) -> IndexerPath:
     """Our selection, at a workspace."""
 
     def forward(q: Tensor, weights: Tensor, k: Tensor, causal: bool, scale: float) -> Tensor:
-        return index_topk(q, weights, k, topk, causal=causal, scale=scale, workspace=workspace).indices
+        return index_topk(q, weights, k, g.topk, causal=causal, scale=scale, workspace=workspace).indices
 
-    return IndexerPath(label, SELECTING[1], forward, workspace, trains=False, kept=True)
+    return IndexerPath(SELECTING[1], SELECTING[1], forward, headfold_topk, workspace, trains=False, kept=True)
 
 
 def headfold_selected(
@@ -151,7 +166,7 @@ def headfold_selected(
     def forward(q: Tensor, weights: Tensor, k: Tensor, causal: bool, scale: float) -> Tensor:
         return selected_scores(q, weights, k, indices, causal=causal, scale=scale, workspace=workspace)
 
-    return IndexerPath(SELECTED, SELECTED, forward, workspace, kept=True)
+    return IndexerPath(SELECTED, SELECTED, forward, headfold_selected, workspace, kept=True)
 
 
 def spread_indices(g: IndexerGeometry, device: torch.device) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from headfold.geometry import PATHS, SELECTED, SELECTING, IndexerGeometry
+from headfold.geometry import ATTENDING, LOSSES, PATHS, SELECTED, SELECTING, IndexerGeometry
 from headfold.lanes.record import Column, Lane, Row
 from headfold.tiles import DEFAULT_WORKSPACE
 
@@ -28,9 +28,11 @@ def plan(geometry: IndexerGeometry, *, causal: bool = False) -> Lane:
     """Bill each path for one layer's indexer, and say on which devices its training step fits."""
     g = geometry
     lane = Lane("plan", f"What does the indexer of {describe(g)} cost?", COLUMNS, notes=_notes(g, causal))
-    for path in (*PATHS, *((*SELECTING, SELECTED) if g.topk else ())):
+    selecting = (*SELECTING, SELECTED) if g.topk else ()
+    attending = (*LOSSES, *(ATTENDING if g.topk else ())) if g.np else ()
+    for path in (*PATHS, *selecting, *attending):
         bill = g.bill(path, causal=causal)
-        needed = bill.training + g.inputs_bytes
+        needed = bill.training + g.inputs_bytes + (g.attention_bytes if path in attending else 0)
         fits = [name for name, size in DEVICES.items() if needed <= size]
         row: Row = {"path": path, "forward": bill.forward, "held": bill.held, "training": bill.training}
         lane.rows.append({**row, "fits": f"{fits[0]} and larger" if fits else "none of the listed"})
@@ -40,7 +42,8 @@ def plan(geometry: IndexerGeometry, *, causal: bool = False) -> Lane:
 def describe(g: IndexerGeometry) -> str:
     """Name a geometry in one line."""
     topk = f", topk={g.topk}" if g.topk else ""
-    return f"b={g.b}, sq={g.sq}, sk={g.sk}, h={g.heads}, d={g.dim}{topk}, {g.dtype}"
+    attention = f", attention of np={g.np}, np_k={g.np_k}, hn={g.hn}, v_dim={g.v_dim}" if g.np else ""
+    return f"b={g.b}, sq={g.sq}, sk={g.sk}, h={g.heads}, d={g.dim}{topk}, {g.dtype}{attention}"
 
 
 def _notes(g: IndexerGeometry, causal: bool) -> list[str]:
@@ -59,5 +62,12 @@ def _notes(g: IndexerGeometry, causal: bool) -> list[str]:
         notes.append(
             f"A selection, [b, sq, topk] int32, is {show_bytes(g.indices_bytes)}; the [b, sq, sk] score matrix that "
             f"index_topk never makes is {g.scores_bytes:,} bytes ({show_bytes(g.scores_bytes)})."
+        )
+    if g.np:
+        loss, attention = (g.bill(path, causal=causal) for path in (LOSSES[0], ATTENDING[0]))
+        notes.append(
+            f"One [b, np, sq, sk] tensor of attention is {g.logits_bytes:,} bytes ({show_bytes(g.logits_bytes)}): the "
+            f"loss with full tensors peaks at {loss.training / max(1, g.logits_bytes):.2f} of them, dense masked "
+            f"attention at {attention.training / max(1, g.logits_bytes):.2f}. headfold builds none."
         )
     return notes

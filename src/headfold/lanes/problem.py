@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from headfold.contract import DTYPES
+from headfold.contract import DTYPES, compute_dtype
 from headfold.geometry import IndexerGeometry
 from headfold.layout import AXES, LAYOUTS, batch_first
 
@@ -37,13 +38,11 @@ class Problem:
         return [x.to(device, dtype).requires_grad_(grad) for x in found]
 
 
-def incoming(problem: Problem, device: torch.device, *, kept: bool = False) -> Tensor:
-    """Return a fixed dL/dscores of either sign, in the compute dtype: [b, sq, sk], or of kept scores [b, sq, topk]."""
-    g = problem.geometry
-    columns = g.topk if kept else g.sk
-    dtype = torch.float64 if g.dtype == "float64" else torch.float32
-    generator = torch.Generator(device).manual_seed(1)
-    return torch.randn(g.b, g.sq, columns, generator=generator, device=device, dtype=dtype)
+def normal(shape: Sequence[int], device: torch.device, dtype: str, seed: int = 1) -> Tensor:
+    """Return fixed normal numbers in the compute dtype of inputs of `dtype`."""
+    generator = torch.Generator(device).manual_seed(seed)
+    made = compute_dtype(getattr(torch, dtype))
+    return torch.randn(tuple(shape), generator=generator, device=device, dtype=made)
 
 
 def _random(g: IndexerGeometry, device: torch.device, dtype: torch.dtype) -> list[Tensor]:

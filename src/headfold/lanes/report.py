@@ -15,10 +15,12 @@ from headfold.lanes.parity import parity
 from headfold.lanes.plan import describe, plan
 from headfold.lanes.problem import Problem
 from headfold.lanes.record import Lane, Track, no_track, show_facts
-from headfold.lanes.residency import residency, selection_residency
+from headfold.lanes.residency import residency, selection_residency, training_residency
 from headfold.lanes.selection_parity import selection_parity
 from headfold.lanes.selection_speed import selection_speed
 from headfold.lanes.speed import speed
+from headfold.lanes.training_parity import training_parity
+from headfold.lanes.training_speed import training_speed
 from headfold.presets import LONG_SHAPES, SHAPES
 from headfold.tiles import DEFAULT_WORKSPACE
 
@@ -32,14 +34,17 @@ CAPTIONS = {
 def prove(
     problem: Problem, device: torch.device, *, rounds: int = 3, full: bool = False, track: Track[Any] = no_track
 ) -> list[Lane]:
-    """Run plan, parity, residency and speed, of scores and, where topk is given, of selection; then capture.
+    """Run plan, parity, residency and speed of scores, of selection where topk is given, and of training; then capture.
 
     `full` adds the residency of the seed's full shape, and of selections from 16384 and 65536 keys.
     """
     selects = problem.geometry.topk > 0
+    # What trains needs an attention beside the indexer: the problem's own, or the project's shape for it.
+    trained = problem if problem.geometry.np else Problem(SHAPES["train"])
     lanes = [plan(problem.geometry, causal=problem.causal), parity(problem, device, track=track)]
     if selects:
         lanes.append(selection_parity(problem, device, track=track))
+    lanes.append(training_parity(trained, device, track=track))
     lanes.append(residency(problem, device, track=track))
     if full:
         # One workspace, and no loop: it fits but takes minutes (`headfold residency --full` has both).
@@ -50,9 +55,14 @@ def prove(
         lanes.append(selection_residency(problem, device, track=track))
     if full:
         lanes += long_selections(device, track=track)
+    lanes.append(training_residency(trained, device, track=track))
     lanes.append(speed(problem, device, rounds=rounds, track=track))
     if selects:
         lanes.append(selection_speed(problem, device, rounds=rounds, track=track))
+    lanes.append(training_speed(trained, device, rounds=rounds, track=track))
+    for lane in lanes:
+        if lane.name.startswith("training"):
+            lane.notes.append(f"Measured at {describe(trained.geometry)}.")
     lanes.append(capture(device, track=track))
     return lanes
 

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from headfold.lanes import measure
-from headfold.lanes.paths import IndexerPath, rebuilt, scoring, selecting
-from headfold.lanes.problem import Problem, incoming
+from headfold.lanes.paths import IndexerPath, Make, scoring, selecting
+from headfold.lanes.problem import Problem
 from headfold.lanes.record import FAIL, PASS, SKIP, Column, Lane, Row, Track, no_track, show_bytes
+from headfold.lanes.training_paths import attending, losses
 from headfold.tiles import MIB
 
 COLUMNS = (
@@ -48,12 +48,12 @@ def residency(
         problem: the tensors.
         device: where.
         workspace: headfold's; None measures both the default and 16 MiB (or the smallest that works, if larger).
-        process: whether to repeat each CPU row in a fresh process and read that process's own peak.
+        process: whether each CPU row runs in a fresh process, and that process's own peak is read too.
         with_loop: whether the per-head loop runs too.
         track: wraps the list of paths, for a progress bar.
     """
     lane = Lane("residency", "Do the measured peaks equal the planned ones?", COLUMNS)
-    paths = scoring(problem.geometry, workspace, with_loop=with_loop)
+    paths = scoring(problem.geometry, device, workspace, with_loop=with_loop)
     return _fill(lane, problem, paths, device, process=process, track=track)
 
 
@@ -71,6 +71,21 @@ def selection_residency(
     return _fill(lane, problem, paths, device, process=process, track=track)
 
 
+def training_residency(
+    problem: Problem,
+    device: torch.device,
+    *,
+    workspace: int | None = None,
+    process: bool = True,
+    track: Track[Any] = no_track,
+) -> Lane:
+    """Measure the loss and, where topk is given, attention over a selection; arguments as in residency."""
+    lane = Lane("training residency", "And what does training take?", COLUMNS)
+    g = problem.geometry
+    paths = losses(g, device, workspace) + (attending(g, device, workspace) if g.topk else [])
+    return _fill(lane, problem, paths, device, process=process, track=track)
+
+
 def _fill(
     lane: Lane, problem: Problem, paths: list[IndexerPath], device: torch.device, *, process: bool, track: Track[Any]
 ) -> Lane:
@@ -85,7 +100,7 @@ def _fill(
     ]
     if process:
         lane.notes.append(
-            "Process peak: growth of the resident set of a fresh process over the same call. For headfold at most "
+            "Process peak: growth of the resident set over the same call, in a fresh process. For headfold at most "
             f"planned + {show_bytes(PROCESS_SLACK)} of slack for library scratch outside the allocator; for the other "
             "paths, whose many tensors of many sizes also scatter the heap, it is information."
         )
@@ -100,51 +115,68 @@ def _measure(problem: Problem, path: IndexerPath, phase: str, device: torch.devi
     bill = path.bill(problem, device)
     planned = bill.forward if phase == FORWARD else bill.training
     row: Row = {"path": path.name, "phase": phase, "planned": planned}
-    given = problem.geometry.inputs_bytes + path.result_bytes(problem)  # dL/dscores is as large as the result
+    given = path.inputs_bytes(problem.geometry) + path.result_bytes(problem)  # its gradient is as large as the result
     needed = planned + given + PROCESS_SLACK
     free = measure.free_memory(device)
     if needed > free:
         note = f"needs {needed:,} bytes ({show_bytes(needed)}) with inputs and slack, {show_bytes(free)} are free"
         return [{**row, "verdict": SKIP, "note": note}]
-    if phase == FORWARD:
-        run = prepare_forward(problem, path, device)
-        _warm(problem, path, device)
-        peak = measure.allocator_peak(run, device)
-        rows = [_judge({**row, "measured": peak.peak}, problem, path)]
-    else:
-        rows = _training_rows(row, problem, path, device, bill.held)
     if process:
-        rows[0] = _with_process(rows[0], problem, path)
+        call = problem, path.make, path.workspace, phase, torch.get_num_threads()
+        found = measure.in_fresh_process(process_row, *call)
+        if found is None:
+            return [{**row, "verdict": FAIL, "note": "the fresh process did not survive"}]
+        measured, peak = found
+    else:
+        _warm(problem, path, device)
+        measured, peak = Call(problem, path, phase, device).follow(), None
+    rows = [_judge({**row, "measured": measured.peak, "process": peak}, problem, path)]
+    if phase == TRAINING:
+        held: Row = {"path": path.name, "phase": HELD, "planned": bill.held, "measured": measured.held}
+        rows.append(_judge(held, problem, path))
     return rows
 
 
-def _training_rows(row: Row, problem: Problem, path: IndexerPath, device: torch.device, held: int) -> list[Row]:
-    _warm(problem, path, device)
-    inputs = problem.tensors(device, grad=True)
-    g = incoming(problem, device, kept=path.kept)
-    forward = measure.allocator_peak(lambda: path(inputs, problem.causal, problem.scale), device)
-    scores = [forward.result]
-    kept = forward.left - scores[0].nbytes
-    backward = measure.allocator_peak(lambda: torch.autograd.grad(scores[0], inputs, g), device)
-    measured = max(forward.peak, forward.left + backward.peak)
-    held_row: Row = {"path": path.name, "phase": HELD, "planned": held, "measured": kept}
-    return [_judge({**row, "measured": measured}, problem, path), _judge(held_row, problem, path)]
+class Measured(NamedTuple):
+    """Bytes beyond the inputs: the peak of one call, and what it holds for backward beside its result."""
+
+    peak: int
+    held: int
 
 
-def prepare_forward(problem: Problem, path: IndexerPath, device: torch.device) -> Callable[[], Tensor]:
-    """Make the inputs and return the forward call on them."""
-    inputs = problem.tensors(device)
-    return lambda: path(inputs, problem.causal, problem.scale)
+class Call:
+    """A path's inputs, made once, and the call that is measured."""
+
+    def __init__(self, problem: Problem, path: IndexerPath, phase: str, device: torch.device) -> None:
+        self.problem, self.path, self.device = problem, path, device
+        self.inputs = path.inputs(problem, device, grad=phase == TRAINING)
+        self.g = path.incoming(problem, device) if phase == TRAINING else None
+
+    def run(self) -> None:
+        """Call the path once, through backward where it trains."""
+        result = [self._forward()]
+        if self.g is not None:
+            torch.autograd.grad(result.pop(), self.inputs, self.g)
+
+    def follow(self) -> Measured:
+        """Run and follow the allocator."""
+        forward = measure.allocator_peak(self._forward, self.device)
+        result = [forward.result]
+        held = forward.left - result[0].nbytes
+        if self.g is None:
+            return Measured(forward.peak, held)
+        backward = measure.allocator_peak(lambda: torch.autograd.grad(result[0], self.inputs, self.g), self.device)
+        return Measured(max(forward.peak, forward.left + backward.peak), held)
+
+    def _forward(self) -> Tensor:
+        return self.path(self.inputs, self.problem.causal, self.problem.scale)
 
 
 def _warm(problem: Problem, path: IndexerPath, device: torch.device) -> None:
     """Run the path once at a small shape, so that what a library allocates for good is not counted."""
     g = problem.geometry.with_(b=1, sq=min(16, problem.geometry.sq), sk=min(16, problem.geometry.sk))
     small = Problem(g, problem.causal, problem.scale)
-    inputs, warming = small.tensors(device, grad=path.trains), rebuilt(path.family, g, device, path.workspace)
-    result = warming(inputs, small.causal, small.scale)
-    if path.trains:
-        torch.autograd.grad(result, inputs, incoming(small, device, kept=path.kept))
+    Call(small, path.make(g, device, path.workspace), TRAINING if path.trains else FORWARD, device).follow()
 
 
 def _judge(row: Row, problem: Problem, path: IndexerPath) -> Row:
@@ -156,8 +188,7 @@ def _judge(row: Row, problem: Problem, path: IndexerPath) -> Row:
     elif measured < LEAST_SHARE * planned - FEW_BYTES:
         row |= {"verdict": FAIL, "note": f"below {LEAST_SHARE} of planned"}
     if path.ours and row["phase"] != HELD:
-        g = problem.geometry
-        gradients = g.gradients_bytes + g.accumulator_bytes if row["phase"] == TRAINING else 0
+        gradients = path.gradients_bytes(problem.geometry) if row["phase"] == TRAINING else 0
         row["beyond_results"] = measured - path.result_bytes(problem) - gradients
         row["bound"] = path.workspace_bytes + SMALL_CHANGE
         said = f"{show_bytes(max(0, row['beyond_results']))} beyond results"
@@ -165,35 +196,28 @@ def _judge(row: Row, problem: Problem, path: IndexerPath) -> Row:
             row["verdict"] = FAIL
             said = f"{row['beyond_results'] - row['bound']:,} bytes above workspace and results"
         row["note"] = f"{row['note']}; {said}" if "note" in row else said
+        if row["process"] is not None:
+            row["process_bound"] = planned + PROCESS_SLACK
+            if row["process"] > row["process_bound"]:
+                said = f"process {row['process'] - row['process_bound']:,} bytes above its bound"
+                row |= {"verdict": FAIL, "note": f"{row['note']}; {said}"}
     return row
 
 
-def _with_process(row: Row, problem: Problem, path: IndexerPath) -> Row:
-    threads = torch.get_num_threads()
-    peak = measure.in_fresh_process(process_row, problem, path.family, path.workspace, row["phase"], threads)
-    row["process"] = peak
-    if path.ours:
-        row["process_bound"] = row["planned"] + PROCESS_SLACK
-    if peak is None:
-        said = "the fresh process did not survive"
-        row |= {"verdict": FAIL, "note": f"{row['note']}; {said}" if "note" in row else said}
-    elif "process_bound" in row and peak > row["process_bound"]:
-        said = f"process {peak - row['process_bound']:,} bytes above its bound"
-        row |= {"verdict": FAIL, "note": f"{row['note']}; {said}" if "note" in row else said}
-    return row
+def process_row(problem: Problem, make: Make, workspace: int | None, phase: str, threads: int) -> tuple[Measured, int]:
+    """In a fresh process: make the inputs, warm up, and read allocator and resident set.
 
-
-def process_row(problem: Problem, family: str, workspace: int | None, phase: str, threads: int) -> int:
-    """In a fresh process: make the inputs, warm up, and return the peak of the resident set over the call."""
+    Following the allocator takes memory of its own, which grows with the number of calls into it: where the process
+    peak is judged it is read off a run of its own, else off the same run, for the time that this saves.
+    """
     torch.set_num_threads(threads)
     device = torch.device("cpu")
-    path = rebuilt(family, problem.geometry, device, workspace)
+    path = make(problem.geometry, device, workspace)
     _warm(problem, path, device)
-    if phase == FORWARD:
-        return measure.process_peak(prepare_forward(problem, path, device))
-    inputs, g = problem.tensors(device, grad=True), incoming(problem, device, kept=path.kept)
-
-    def train() -> None:
-        torch.autograd.grad(path(inputs, problem.causal, problem.scale), inputs, g)
-
-    return measure.process_peak(train)
+    call = Call(problem, path, phase, device)
+    if path.ours:
+        peak = measure.process_peak(call.run)
+        return call.follow(), peak
+    found: list[Measured] = []
+    peak = measure.process_peak(lambda: found.append(call.follow()))
+    return found[0], peak

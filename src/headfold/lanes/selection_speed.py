@@ -11,7 +11,7 @@ import torch
 from headfold.geometry import SELECTED, SELECTING
 from headfold.lanes import measure
 from headfold.lanes.paths import IndexerPath, headfold, headfold_selected, headfold_topk, materialized_topk
-from headfold.lanes.problem import Problem, incoming
+from headfold.lanes.problem import Problem
 from headfold.lanes.record import FAIL, PASS, Column, Lane, Row, Track, no_track
 from headfold.lanes.speed import skipped
 
@@ -55,11 +55,11 @@ def selection_speed(
     runs: dict[tuple[str, str], Callable[[], float]] = {}
     lone = Problem(g.with_(sq=1), problem.causal, problem.scale)
     for path, phase, at in (
-        (headfold(workspace), SCORES, problem),
-        (materialized_topk(g.topk), SELECT, problem),
-        (headfold_topk(g.topk, workspace), SELECT, problem),
-        (materialized_topk(g.topk), DECODE, lone),
-        (headfold_topk(g.topk, workspace), DECODE, lone),
+        (headfold(g, device, workspace), SCORES, problem),
+        (materialized_topk(g, device), SELECT, problem),
+        (headfold_topk(g, device, workspace), SELECT, problem),
+        (materialized_topk(g, device), DECODE, lone),
+        (headfold_topk(g, device, workspace), DECODE, lone),
     ):
         unfit = skipped(at, path, device)
         if unfit is None:
@@ -110,10 +110,10 @@ class _Selected:
 
     def __init__(self, problem: Problem, device: torch.device, workspace: int | None) -> None:
         g, self.problem, self.device = problem.geometry, problem, device
-        indices = headfold_topk(g.topk, workspace)(problem.tensors(device), problem.causal, problem.scale)
+        indices = headfold_topk(g, device, workspace)(problem.tensors(device), problem.causal, problem.scale)
         self.path = headfold_selected(g, device, workspace, indices)
         self.leaves = problem.tensors(device, grad=True)
-        self.g = incoming(problem, device, kept=True)
+        self.g = self.path.incoming(problem, device)
 
     def run(self) -> dict[tuple[str, str], float]:
         """Return seconds of one forward and one backward."""

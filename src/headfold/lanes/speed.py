@@ -12,7 +12,7 @@ from torch import Tensor
 from headfold.geometry import IndexerGeometry
 from headfold.lanes import measure
 from headfold.lanes.paths import IndexerPath, headfold, loop, materialized
-from headfold.lanes.problem import Problem, incoming
+from headfold.lanes.problem import Problem
 from headfold.lanes.record import FAIL, PASS, SKIP, Column, Lane, Row, Track, no_track, show_bytes
 
 COLUMNS = (
@@ -66,7 +66,7 @@ def speed(
     g = problem.geometry
     product = measure.MatrixProduct(device, getattr(torch, g.dtype))
     runners: dict[str, Callable[[], dict[str, float]]] = {}
-    for path in (materialized(), loop(), headfold(workspace)):
+    for path in (materialized(g, device), loop(g, device), headfold(g, device, workspace)):
         unfit = skipped(problem, path, device)
         if unfit is None:
             runners[path.name] = _runner(problem, path, device, extra=path.family == "headfold")
@@ -100,7 +100,7 @@ def speed(
 
 def skipped(problem: Problem, path: IndexerPath, device: torch.device) -> Row | None:
     """Return the row of a path that does not fit in memory and is not started, or None."""
-    needed = path.bill(problem, device).training + problem.geometry.inputs_bytes + path.result_bytes(problem)
+    needed = path.bill(problem, device).training + path.inputs_bytes(problem.geometry) + path.result_bytes(problem)
     free = measure.free_memory(device)
     if needed <= free:
         return None
@@ -114,7 +114,7 @@ def _runner(
     inputs = problem.tensors(device)
     leaves = [x.detach().requires_grad_() for x in inputs]
     halves = [x.bfloat16() for x in inputs]
-    g = incoming(problem, device)
+    g = path.incoming(problem, device)
 
     def call(tensors: Sequence[Tensor], causal: bool) -> Tensor:
         return path(tensors, causal, problem.scale)
@@ -221,11 +221,12 @@ def _sweep_row(g: IndexerGeometry, device: torch.device, rounds: int) -> Row:
     problem = Problem(g)
     row: Row = {"shape": f"s={g.sq}, h={g.heads}, d={g.dim}", "dtype": g.dtype}
     row["bytes_saved"] = g.bill("materialized").training - g.bill("headfold").training
-    for path in (materialized(), headfold()):
+    paths = headfold(g, device), materialized(g, device)
+    for path in paths:
         unfit = skipped(problem, path, device)
         if unfit is not None:
             return {**row, "note": unfit["note"]}
-    ours, theirs = (_runner(problem, path, device, extra=False) for path in (headfold(), materialized()))
+    ours, theirs = (_runner(problem, path, device, extra=False) for path in paths)
     ours(), theirs()
     pairs = [(ours()[BOTH], theirs()[BOTH]) for _ in range(rounds)]
     row["ours"] = statistics.median(a for a, _ in pairs)

@@ -11,7 +11,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from headfold.backends import eager, load
 from headfold.contract import compute_dtype
-from headfold.geometry import score_flops, visible_pairs
+from headfold.flops import score_flops, visible_pairs
 from headfold.ops.once import ONCE
 
 Result = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]

@@ -10,7 +10,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from headfold.backends import load
 from headfold.contract import compute_dtype
-from headfold.geometry import score_flops
+from headfold.flops import score_flops
 from headfold.ops.once import differentiable_once, gradients_like
 
 

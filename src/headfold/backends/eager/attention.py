@@ -46,7 +46,7 @@ def sparse_attention(
     gathered: bool,
     with_lse: bool,
 ) -> tuple[Tensor, Tensor | None]:
-    """Return out [b, sq, np, v_dim] and lse [b, np, sq] of a checked call (`headfold.contract.AttentionCall`)."""
+    """Return out [b, sq, np, v_dim] and lse [b, np, sq] of a checked `AttentionCall`."""
     b, sq, heads, _ = query.shape
     out = rows_like(query, v_dim)
     lse = torch.empty(b, heads, sq, dtype=compute_dtype(query.dtype), device=query.device) if with_lse else None

@@ -7,6 +7,7 @@ import triton
 import triton.language
 
 from headfold.backends.triton.loss import indexer_loss, loss_plan
+from headfold.backends.triton.masks import index_mask, update_index_mask_
 from headfold.backends.triton.scores import add_gradients, fill_scores, index_scores, index_scores_backward, tile_of
 from headfold.backends.triton.topk import index_topk, selection_plan
 from headfold.backends.triton.visible import row_bounds
@@ -18,6 +19,7 @@ __all__ = [
     "INTERPRETED",
     "add_gradients",
     "fill_scores",
+    "index_mask",
     "index_scores",
     "index_scores_backward",
     "index_topk",
@@ -25,4 +27,5 @@ __all__ = [
     "loss_plan",
     "selection_plan",
     "tile_of",
+    "update_index_mask_",
 ]

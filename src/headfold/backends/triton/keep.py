@@ -41,10 +41,11 @@ def scores_of(order, TOP: tl.constexpr):
     """Return the floats that `ordered` made these integers of."""
     if order.dtype.primitive_bitwidth == 64:
         bits = tl.where(order == TOP, 0x7FF8000000000000, order ^ ((order >> 63) & 0x7FFFFFFFFFFFFFFF))
-        return bits.to(tl.float64, bitcast=True)
+        x = bits.to(tl.float64, bitcast=True)
     else:
         bits = tl.where(order == TOP, 0x7FC00000, order ^ ((order >> 31) & 0x7FFFFFFF))
-        return bits.to(tl.float32, bitcast=True)
+        x = bits.to(tl.float32, bitcast=True)
+    return x
 
 
 @triton.jit
@@ -88,9 +89,10 @@ def _get(found, found_key, at, mask):
     """Read orders and keys back, zeros where not in mask."""
     x = tl.load(found + at, mask=mask, other=0)
     if found_key is None:
-        return (x >> 32).to(tl.int32), key_of(x).to(tl.int32)
+        order, key = (x >> 32).to(tl.int32), key_of(x).to(tl.int32)
     else:
-        return x, tl.load(found_key + at, mask=mask, other=0)
+        order, key = x, tl.load(found_key + at, mask=mask, other=0)
+    return order, key
 
 
 @triton.jit
@@ -135,12 +137,11 @@ def _walk(
     BOTTOM: tl.constexpr,
     TOP: tl.constexpr,
     STEP: tl.constexpr,
-    STAGES: tl.constexpr,
 ):
     """Keep what is above b, let what is above a alone wait behind, both in the order of keys; return their numbers."""
     above = tl.zeros((), tl.int32)
     between = tl.zeros((), tl.int32)
-    for first in tl.range(low // 16 * 16, high, STEP, num_stages=STAGES):
+    for first in range(low // 16 * 16, high, STEP):
         t, order = _chunk(scores, first, high, fence, BOTTOM, TOP, STEP)
         over, under = order > b, (order > a) & (order <= b)
         tally = over.to(tl.int32) + (under.to(tl.int32) << HALF)
@@ -154,7 +155,7 @@ def _walk(
     return above, between
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["sk", "topk", "capacity", "offset"])
 def keep_kernel(
     scores,
     start,
@@ -180,7 +181,6 @@ def keep_kernel(
     ORDER: tl.constexpr,
     SAMPLE: tl.constexpr,
     STEP: tl.constexpr,
-    STAGES: tl.constexpr,
 ):
     """Keep the best topk keys of a row that score above -inf, in no order.
 
@@ -209,9 +209,7 @@ def keep_kernel(
         b = a
     elif n > capacity:
         a, b = _pivots(scores, low, n, topk, BOTTOM, TOP, ORDER, SAMPLE)
-    above, between = _walk(
-        scores, found, found_key, low, high, fence, a, b, topk, capacity, BOTTOM, TOP, STEP, STAGES
-    )
+    above, between = _walk(scores, found, found_key, low, high, fence, a, b, topk, capacity, BOTTOM, TOP, STEP)
 
     # The cut lies in (a, b]: at most topk keys are above b, and at least topk above a, or a is BOTTOM.
     crowded = (between > capacity) & (a + 1 < b)
@@ -233,9 +231,7 @@ def keep_kernel(
             else:
                 b, fewer = pivot, over
         tl.debug_barrier()
-        above, between = _walk(
-            scores, found, found_key, low, high, fence, a, b, topk, capacity, BOTTOM, TOP, STEP, STAGES
-        )
+        above, between = _walk(scores, found, found_key, low, high, fence, a, b, topk, capacity, BOTTOM, TOP, STEP)
     tl.debug_barrier()
 
     # Of those that wait, in the order of keys, take what is above b, and the first ones of what is b.

@@ -25,7 +25,7 @@ def _write(packed, indices, scores, j, topk, TOP: tl.constexpr):
         tl.store(scores + j, score, mask=j < topk)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["topk", "found_row", "blocks", "period", "apart"])
 def sort_kernel(
     found,
     count,
@@ -78,7 +78,7 @@ def sort_kernel(
         tl.store(packed + line * blocks * BLOCK + j, x)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["topk"])
 def write_kernel(
     packed,
     indices,
@@ -103,7 +103,7 @@ def write_kernel(
     _write(x, indices, scores, j, topk, TOP)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["topk", "found_row"])
 def count_kernel(
     found,
     found_key,

@@ -19,26 +19,28 @@ from headfold.triton_tiles import Kept
 class Row(NamedTuple):
     """Sizes of the selecting kernels for rows of up to `sk` keys.
 
-    step, sample: keys of one step of a walk, and of the sample.   stages: steps of a walk that are loaded at a time.
-    warps, sort_warps: of the launches.   pairs: kept keys that one program of `count_kernel` compares with others.
+    step, sample: keys of one step of a walk, and of the sample.   warps, sort_warps: of the launches.
+    pairs: kept keys that one program of `count_kernel` compares with as many others.
     """
 
     arch: str
     sk: int
     step: int
     sample: int
-    stages: int
     warps: int
     sort_warps: int
     pairs: int
 
 
 ANY = 1 << 31
+WRITE_WARPS = 4
+# A step of more keys than 8 a thread takes so many registers that fewer rows are at work at once, for no fewer
+# instructions a key. The sample grows where more keys lie between its pivots than may wait.
 TILES = (
-    Row("cpu", ANY, 256, 64, 1, 1, 1, 32),
-    Row("*", 2048, 1024, 256, 1, 4, 4, 64),
-    Row("*", 65536, 1024, 1024, 1, 4, 4, 64),
-    Row("*", ANY, 2048, 4096, 1, 8, 4, 64),
+    Row("cpu", ANY, 256, 64, 1, 1, 32),
+    Row("*", 2048, 1024, 256, 4, 4, 64),
+    Row("*", 65536, 1024, 1024, 4, 4, 64),
+    Row("*", ANY, 2048, 4096, 8, 4, 64),
 )
 
 
@@ -87,20 +89,29 @@ def select(
 ) -> None:
     """Write the best keys of every row of a slab in the total order, -1 (and -inf) where a row runs out.
 
-    Args:
-        slab: float32 or float64 [b, rows, sk], dense along keys, -inf where a key is not visible.
-        indices: int32 or int64 [b, rows, topk], dense along topk, topk as in the scratch.
-        scores: as indices, in the slab's dtype, or None.
-        start, end: int32 [1 or b, rows] or None.   offset, ratio: the static bound, of the slab's first row. Keys
-            outside these are not read.
-        scratch: for at least so many rows, and at least so many keys.
+    slab: float32 or float64 [b, rows, sk], dense along keys, -inf where a key is not visible.   indices: int32 or int64
+    [b, rows, topk], dense along topk, which is the scratch's.   scores: as indices, in the slab's dtype, or None.
+    start, end: int32 [1 or b, rows] or None; offset, ratio: the static bound of the slab's first row: they bound
+    what is read.   scratch: for at least b · rows rows, whose topk is at most sk.
     """
     if indices.numel() == 0:
         return
+    with torch.cuda.device_of(slab):
+        _keep(slab, start, end, offset, ratio, scratch)
+        _order(indices, scores, ORDERS[slab.dtype].top, scratch)
+
+
+def _keep(
+    slab: Tensor,
+    start: Tensor | None,
+    end: Tensor | None,
+    offset: int | None,
+    ratio: int,
+    scratch: Scratch,
+) -> None:
+    """Write to the scratch which keys of every row are its best, in no order."""
     plan, tile, order = scratch.plan, row_of(arch_of(slab.device), slab.shape[2]), ORDERS[slab.dtype]
-    (b, rows, sk), topk = slab.shape, plan.topk
-    results = indices, scores, topk
-    strides = indices.stride()[:2] + ((0, 0) if scores is None else scores.stride()[:2])
+    b, rows, sk = slab.shape
     keep_kernel[(rows, b)](
         slab,
         start,
@@ -109,7 +120,7 @@ def select(
         scratch.found_key,
         scratch.count,
         sk,
-        topk,
+        plan.topk,
         plan.capacity,
         0 if offset is None else offset,
         slab.stride(0),
@@ -124,39 +135,33 @@ def select(
         ORDER=order.dtype,
         SAMPLE=tile.sample,
         STEP=tile.step,
-        STAGES=tile.stages,
         num_warps=tile.warps,
     )
+
+
+def _order(indices: Tensor, scores: Tensor | None, top: int, scratch: Scratch) -> None:
+    """Write what the scratch holds in order."""
+    plan, tile = scratch.plan, row_of(arch_of(indices.device), 1)
+    b, rows, topk = indices.shape
+    results = indices, scores, topk
+    strides = *indices.stride()[:2], *((0, 0) if scores is None else scores.stride()[:2])
     found_row = topk + plan.capacity
     if plan.size == 8:
-        grid = rows, triton.cdiv(topk, tile.pairs), b
         kept = scratch.found, scratch.found_key, scratch.count
-        count_kernel[grid](*kept, *results, found_row, *strides, TOP=order.top, BLOCK=tile.pairs, num_warps=4)
+        grid = rows, triton.cdiv(topk, tile.pairs), b
+        constants = {"TOP": top, "BLOCK": tile.pairs, "num_warps": tile.sort_warps}
+        count_kernel[grid](*kept, *results, found_row, *strides, **constants)
         return
-    blocks, block = plan.blocks, plan.block
+    kept, blocks, block = (scratch.found, scratch.count, scratch.packed), plan.blocks, plan.block
     for period, apart in rounds(blocks):
-        first = period == apart == 1
+        first = period == 1
         grid = rows, blocks // 2 if first else blocks - apart, b
-        sort_kernel[grid](
-            scratch.found,
-            scratch.count,
-            scratch.packed,
-            *results,
-            found_row,
-            blocks,
-            period,
-            apart,
-            *strides,
-            TOP=order.top,
-            BLOCK=block,
-            FIRST=first,
-            ONLY=blocks == 2,
-            num_warps=tile.sort_warps,
-        )
+        constants = {"TOP": top, "BLOCK": block, "FIRST": first, "ONLY": blocks == 2, "num_warps": tile.sort_warps}
+        sort_kernel[grid](*kept, *results, found_row, blocks, period, apart, *strides, **constants)
     if blocks > 2:
         grid = rows, triton.cdiv(topk, block), b
-        width = blocks * block
-        write_kernel[grid](scratch.packed, *results, width, *strides, TOP=order.top, STEP=block, num_warps=4)
+        constants = {"TOP": top, "STEP": block, "num_warps": WRITE_WARPS}
+        write_kernel[grid](scratch.packed, *results, blocks * block, *strides, **constants)
 
 
 def rounds(blocks: int) -> list[tuple[int, int]]:

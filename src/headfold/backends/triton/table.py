@@ -73,9 +73,9 @@ TABLE = (
     # Exact float32 and float64, which have no fast instruction everywhere: small tiles.
     Row("scores", "*", "float32", 256, ANY, 32, 32, 4, 1),
     Row("query_gradients", "*", "float32", 128, ANY, 32, 32, 4, 1),
-    Row("query_gradients", "*", "float32", 256, ANY, 32, 32, 8, 1),
+    Row("query_gradients", "*", "float32", 256, ANY, 16, 32, 8, 1),
     Row("key_gradients", "*", "float32", 128, ANY, 32, 32, 4, 1),
-    Row("key_gradients", "*", "float32", 256, ANY, 32, 32, 8, 1),
+    Row("key_gradients", "*", "float32", 256, ANY, 32, 16, 8, 1),
     Row("scores", "*", "float64", 256, ANY, 16, 16, 4, 1),
     Row("query_gradients", "*", "float64", 256, ANY, 16, 16, 4, 1),
     Row("key_gradients", "*", "float64", 256, ANY, 16, 16, 4, 1),

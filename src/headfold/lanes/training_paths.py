@@ -1,0 +1,127 @@
+"""The paths that train: the indexer loss and sparse attention, ours and with full tensors."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from headfold.attention import sparse_attention
+from headfold.geometry import ATTENDING, LOSSES, IndexerGeometry
+from headfold.lanes.paths import IndexerPath, at_workspaces, spread_indices
+from headfold.lanes.problem import Problem, normal
+from headfold.loss import indexer_loss
+
+
+@dataclass(frozen=True)
+class LossPath(IndexerPath):
+    """One way to compute the loss, called with q, weights and k; query and key are part of it."""
+
+    def incoming(self, problem: Problem, device: torch.device) -> Tensor:
+        """Return 1, in the compute dtype."""
+        return normal((), device, problem.geometry.dtype).fill_(1)
+
+    def result_bytes(self, problem: Problem) -> int:
+        """Return the bytes of a scalar."""
+        return problem.geometry.compute_itemsize
+
+    def gradients_bytes(self, g: IndexerGeometry) -> int:
+        """Return the bytes of the gradients in the compute dtype, in which they are held."""
+        return g.inputs_bytes // g.itemsize * g.compute_itemsize
+
+
+@dataclass(frozen=True)
+class AttentionPath(IndexerPath):
+    """One way to attend to a selection, called with query, key and value; the selection is part of it."""
+
+    def inputs(self, problem: Problem, device: torch.device, *, grad: bool = False) -> list[Tensor]:
+        """Make query, key and value."""
+        return [x.requires_grad_(grad) for x in attention_tensors(problem.geometry, device)]
+
+    def incoming(self, problem: Problem, device: torch.device) -> Tensor:
+        """Return a fixed gradient of the result, in its dtype."""
+        g = problem.geometry
+        return normal((g.sq, g.b, g.np, g.v_dim), device, g.dtype).to(getattr(torch, g.dtype))
+
+    def result_bytes(self, problem: Problem) -> int:
+        """Return the bytes of the attention's result."""
+        return problem.geometry.attended_bytes
+
+    def inputs_bytes(self, g: IndexerGeometry) -> int:
+        """Return the bytes of query, key, value and the selection."""
+        return g.attention_bytes + g.indices_bytes
+
+    def gradients_bytes(self, g: IndexerGeometry) -> int:
+        """Return the bytes of the gradients, and of the sums of one batch element's dk and dv."""
+        sums = g.compute_itemsize * g.key_value_elements // max(1, g.b) if g.itemsize < g.compute_itemsize else 0
+        return g.attention_bytes + sums
+
+
+def losses(g: IndexerGeometry, device: torch.device, workspace: int | None = None) -> list[IndexerPath]:
+    """Every way to compute the loss; ours at a workspace, or at two."""
+    least = g.loss_tile(accelerator=device.type != "cpu").backward_bytes
+    return [materialized_loss(g, device), *at_workspaces(headfold_loss, g, device, workspace, least)]
+
+
+def attending(g: IndexerGeometry, device: torch.device, workspace: int | None = None) -> list[IndexerPath]:
+    """Every way to attend to a selection; ours at a workspace, or at two."""
+    least = g.attention_tile(accelerator=device.type != "cpu").backward_bytes
+    return [materialized_attention(g, device), *at_workspaces(headfold_attention, g, device, workspace, least)]
+
+
+def headfold_loss(g: IndexerGeometry, device: torch.device, workspace: int | None = None) -> IndexerPath:
+    """Our loss, over every visible key."""
+    return _loss(g, device, LOSSES[1], "auto", workspace)
+
+
+def materialized_loss(g: IndexerGeometry, device: torch.device, _: int | None = None) -> IndexerPath:
+    """The same loss with full tensors, differentiated by autograd."""
+    return _loss(g, device, LOSSES[0], "materialized", None)
+
+
+def headfold_attention(g: IndexerGeometry, device: torch.device, workspace: int | None = None) -> IndexerPath:
+    """Our attention over a selection."""
+    return _attention(g, device, ATTENDING[1], "auto", workspace)
+
+
+def materialized_attention(g: IndexerGeometry, device: torch.device, _: int | None = None) -> IndexerPath:
+    """Attention to every key behind a mask, differentiated by autograd."""
+    return _attention(g, device, ATTENDING[0], "materialized", None)
+
+
+def attention_tensors(g: IndexerGeometry, device: torch.device) -> list[Tensor]:
+    """Return fresh query [sq, b, np, hn], key [sk, b, np_k, hn] and value [sk, b, np_k, v_dim]."""
+    shapes = (g.sq, g.b, g.np, g.hn), (g.sk, g.b, g.np_k, g.hn), (g.sk, g.b, g.np_k, g.v_dim)
+    dtype = getattr(torch, g.dtype)
+    return [normal(shape, device, g.dtype, seed).to(dtype) for seed, shape in enumerate(shapes, 2)]
+
+
+def _loss(g: IndexerGeometry, device: torch.device, family: str, impl: str, workspace: int | None) -> IndexerPath:
+    query, key, _ = attention_tensors(g, device)
+
+    def forward(q: Tensor, weights: Tensor, k: Tensor, causal: bool, scale: float) -> Tensor:
+        rest = {"causal": causal, "scale": scale, "impl": impl, "workspace": workspace}
+        return indexer_loss(q, weights, k, query, key, softmax_scale=g.hn**-0.5, **rest).loss  # type: ignore[arg-type]
+
+    return LossPath(family, family, forward, MAKERS[family], workspace)
+
+
+def _attention(g: IndexerGeometry, device: torch.device, family: str, impl: str, workspace: int | None) -> IndexerPath:
+    indices = spread_indices(g, device)
+
+    def forward(query: Tensor, key: Tensor, value: Tensor, causal: bool, scale: float) -> Tensor:
+        rest = {"causal": causal, "impl": impl, "workspace": workspace}
+        out = sparse_attention(query, key, value, indices, softmax_scale=g.hn**-0.5, **rest)  # type: ignore[arg-type]
+        assert isinstance(out, Tensor)
+        return out
+
+    return AttentionPath(family, family, forward, MAKERS[family], workspace)
+
+
+MAKERS = {
+    LOSSES[0]: materialized_loss,
+    LOSSES[1]: headfold_loss,
+    ATTENDING[0]: materialized_attention,
+    ATTENDING[1]: headfold_attention,
+}

@@ -1,0 +1,114 @@
+"""The compile lane: kernels for four chips, without a GPU, in a process of their own without the interpreter."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from headfold.lanes import compiling
+from headfold.lanes.record import FAIL, Lane
+
+pytest.importorskip("triton", reason="Triton is not installed")
+from headfold.backends import triton
+from headfold.backends.triton.compiling import SHARED, Compiled, Specimen
+from headfold.backends.triton.score_specimens import specimens
+from headfold.backends.triton.table import TABLE
+
+ARCHS = ["sm_80", "sm_90", "sm_100", "gfx942"]
+SPECIMEN = Specimen("x", None, {}, {}, 4, 2)
+FINE = Compiled(128, 0, 50_000, {"wgmma.mma_async": 8}, 1.0)
+
+
+def compiled(arch: str, first: int | None) -> dict[str, Any]:
+    code = f"""
+import json
+from headfold.lanes.compiling import compiled
+print(json.dumps(compiled(("{arch}",), first={first}).to_json()))
+"""
+    environment = {name: x for name, x in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, "-W", "ignore", "-c", code]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+    assert done.returncode == 0, done.stderr
+    lane: dict[str, Any] = json.loads(done.stdout)
+    return lane
+
+
+def failed(lane: dict[str, Any]) -> list[tuple[str, str]]:
+    return [(row["kernel"], row["note"]) for row in lane["rows"] if row["verdict"] == FAIL]
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_the_default_tiles_compile_without_spills_and_use_the_tensor_cores(arch: str) -> None:
+    lane = compiled(arch, 3)
+    kernels = [row["kernel"] for row in lane["rows"]]
+    assert kernels == [f"{x} bfloat16 h=32 d=128" for x in ("scores", "query_gradients", "key_gradients")]
+    assert failed(lane) == []
+    assert all(row["programs"] >= 1 for row in lane["rows"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", ARCHS)
+def test_every_row_of_the_table_compiles(arch: str) -> None:
+    assert failed(compiled(arch, None)) == []
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_every_row_of_the_table_has_a_specimen(arch: str) -> None:
+    found = list(specimens(arch))
+    for row in TABLE:
+        if row.arch in (arch, "*") and row.kernel != "fold":
+            d, h = min(row.d, 256), min(row.h, 32, row.rows)
+            dtypes = {"half": ("bfloat16", "float16")}.get(row.dtype, (row.dtype,))
+            for dtype in dtypes:
+                assert f"{row.kernel} {dtype} h={h} d={d}" in {x.name for x in found}
+
+
+@pytest.mark.parametrize(
+    ("result", "said"),
+    [
+        (FINE, []),
+        (Compiled(255, 8, 50_000, {"wgmma.mma_async": 8}, 1.0), ["spills 8 bytes"]),
+        (Compiled(128, 0, SHARED["sm_90"] + 1, {"wgmma.mma_async": 8}, 1.0), ["needs 232449 bytes of shared memory"]),
+        (Compiled(128, 0, 50_000, {"mma.sync": 8}, 1.0), ["has no wgmma.mma_async"]),
+    ],
+)
+def test_a_breach_is_named(result: Compiled, said: list[str]) -> None:
+    found = result.breaches(SPECIMEN, "sm_90")
+    assert len(found) == len(said)
+    assert all(x.startswith(y) for x, y in zip(found, said, strict=True))
+
+
+def test_programs_a_core_are_bounded_by_registers_and_by_shared_memory() -> None:
+    assert FINE.programs_per_core(SPECIMEN, "sm_90") == 4
+    assert Compiled(240, 0, 50_000, {}, 1.0).programs_per_core(SPECIMEN, "sm_90") == 2
+    assert Compiled(64, 0, 100_000, {}, 1.0).programs_per_core(SPECIMEN, "sm_90") == 2
+
+
+def test_the_lane_refuses_an_unknown_chip_and_the_interpreter() -> None:
+    if triton.INTERPRETED:
+        with pytest.raises(RuntimeError, match=r"got TRITON_INTERPRET=1\. Unset it"):
+            compiling.compiled(("sm_90",))
+    else:
+        with pytest.raises(ValueError, match="--arch must be one of 'sm_80'"):
+            compiling.compiled(("sm_70",))
+
+
+def test_a_page_gets_the_table_between_its_markers(tmp_path: Path) -> None:
+    lane = Lane("compile", "?", compiling.COLUMNS, [{"kernel": "scores", "arch": "sm_90", "verdict": "pass"}], ["note"])
+    page = tmp_path / "page.md"
+    page.write_text("before\n<!-- compiled -->\nold\n<!-- end -->\nafter\n")
+    compiling.write(page, lane)
+    text = page.read_text()
+    assert text.startswith("before\n<!-- compiled -->\n\n| kernel")
+    assert "| scores" in text
+    assert "old" not in text
+    assert text.endswith("note.\n<!-- end -->\nafter\n")
+    page.write_text("no markers")
+    with pytest.raises(ValueError, match=r"got .* without"):
+        compiling.write(page, lane)

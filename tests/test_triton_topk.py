@@ -1,0 +1,319 @@
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from cases import Case
+from headfold import IndexerGeometry, KeyRange, index_scores, index_topk, triton_tiles
+from headfold.lanes.measure import allocator_peak
+from headfold.tiles import MIB
+from headfold.triton_tiles import Kept, SlabSelection
+
+pytest.importorskip("triton", reason="Triton is not installed")
+from headfold.backends import triton as kernels
+from headfold.backends.triton import select as selecting
+from headfold.backends.triton.select import Scratch, rounds, select
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+NEG_INF, INF, NAN = float("-inf"), float("inf"), float("nan")
+DTYPES = [torch.float32, torch.float64]
+CASES = [
+    Case(6, 90, h=3, d=16, visible="causal"),
+    Case(5, 41, b=3, h=7, d=33, visible="window", scale=0.25),
+    Case(5, 41, b=2, h=8, d=16, visible="ragged"),
+    Case(5, 41, b=2, h=8, d=16, visible="per batch"),
+    Case(6, 12, b=2, h=8, d=16, visible="ratio"),
+    Case(5, 41, b=2, h=8, d=16, visible="bias", activation=None, scale=-0.5),
+]
+
+
+def in_order(scores: Tensor, topk: int) -> tuple[Tensor, Tensor]:
+    """Indices and scores by a stable sort, in which NaN comes first; -1 and -inf where a row runs out."""
+    best, order = torch.sort(scores + 0.0, dim=-1, descending=True, stable=True)
+    order = order.masked_fill(best == NEG_INF, -1)
+    short = max(0, topk - scores.shape[-1])
+    order = torch.nn.functional.pad(order[..., :topk], (0, short), value=-1)
+    return order, torch.nn.functional.pad(best[..., :topk], (0, short), value=NEG_INF)
+
+
+def selected(
+    slab: Tensor, topk: int, capacity: int = 32, start: Tensor | None = None, end: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Run the kernels on a slab [b, rows, sk], with little room to wait, into results full of what nobody writes."""
+    shape = *slab.shape[:2], topk
+    scratch = Scratch(Kept(shape[0] * shape[1], topk, max(topk, capacity), slab.itemsize), slab.device)
+    for buffer in (scratch.found, scratch.packed, scratch.count, scratch.found_key):
+        if buffer is not None:
+            buffer.fill_(-77)
+    indices = torch.full(shape, -7, dtype=torch.int64, device=slab.device)
+    scores = torch.full(shape, -7.0, dtype=slab.dtype, device=slab.device)
+    select(slab, indices, scores, start, end, None, 1, scratch)
+    return indices, scores
+
+
+def assert_in_order(slab: Tensor, topk: int, got: tuple[Tensor, Tensor]) -> None:
+    indices, scores = in_order(slab, topk)
+    assert torch.equal(got[0], indices)
+    torch.testing.assert_close(got[1], scores, rtol=0, atol=0, equal_nan=True)
+
+
+@settings(deadline=None, max_examples=20)
+@given(
+    st.lists(st.sampled_from([0.0, -0.0, 1.0, 2.0, -1.0, 1e-45, -1e-45, NEG_INF, INF, NAN]), min_size=1, max_size=60),
+    st.integers(1, 9),
+    st.integers(0, 9),
+    st.data(),
+    st.sampled_from(DTYPES),
+)
+def test_any_row_follows_the_total_order(
+    row: list[float], topk: int, capacity: int, data: st.DataObject, dtype: torch.dtype
+) -> None:
+    slab = torch.tensor([[row]], dtype=dtype)
+    flipped = torch.tensor(data.draw(st.lists(st.booleans(), min_size=len(row), max_size=len(row))))
+    slab = torch.where(slab.isnan() & flipped, -slab, slab)  # NaN of either sign
+    bounds = data.draw(st.none() | st.tuples(st.integers(-2, len(row) + 2), st.integers(-2, len(row) + 2)))
+    start = end = None
+    if bounds is not None:
+        start, end = (torch.tensor([[x]], dtype=torch.int32, device=DEVICE) for x in bounds)
+        t = torch.arange(len(row))
+        slab[..., (t < bounds[0]) | (t >= bounds[1])] = NEG_INF
+    got = selected(slab.to(DEVICE), topk, capacity, start, end)
+    assert_in_order(slab, topk, (got[0].cpu(), got[1].cpu()))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("capacity", [3, 32])
+def test_zeros_and_nan_of_either_sign_are_one(dtype: torch.dtype, capacity: int) -> None:
+    row = [-0.0, 0.0, NAN, 1e-45, -0.0, INF, NAN, NEG_INF, -1.0, NAN, 0.0, -0.0, -1e-45, -INF]
+    slab = torch.tensor([[row]], dtype=dtype, device=DEVICE)
+    slab[..., [2, 9]] = slab[..., [2, 9]].abs().neg()
+    assert slab[..., 2].signbit().all()
+    assert not slab[..., 6].signbit().any()
+    got = selected(slab, 14, 14)
+    assert got[0].tolist() == [[[2, 6, 9, 5, 3, 0, 1, 4, 10, 11, 12, 8, -1, -1]]]
+    for topk in (1, 2, 3, 6, 8):
+        assert_in_order(slab, topk, selected(slab, topk, capacity))
+
+
+def rows_that_mislead(kind: str, dtype: torch.dtype) -> Tensor:
+    """A row of 640 scores, of which the sample sees every tenth."""
+    x = torch.rand(640, generator=torch.Generator().manual_seed(0), dtype=dtype)
+    sampled = torch.arange(640) % 10 == 0
+    if kind == "sample too low":
+        x[~sampled] += 10
+    elif kind == "sample too high":
+        x[sampled] += 10
+    elif kind == "plateau":
+        x = (x * 3).floor()
+    elif kind == "one value":
+        x.zero_()
+    elif kind == "crowded":
+        x[sampled] = torch.linspace(-1e30, 1e30, 64, dtype=dtype)
+    elif kind == "falling":
+        x = x.sort(descending=True).values
+    return x
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    "kind", ["even", "sample too low", "sample too high", "plateau", "one value", "crowded", "falling"]
+)
+def test_a_misleading_sample_costs_time_and_nothing_else(kind: str, dtype: torch.dtype) -> None:
+    slab = rows_that_mislead(kind, dtype).view(1, 1, -1).to(DEVICE)
+    topk = 200 if kind == "sample too low" else 12  # with few to keep, one pivot lies above any sample
+    assert_in_order(slab, topk, selected(slab, topk, 40))
+
+
+def test_more_than_two_blocks_are_merged(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(triton_tiles, "_SORTED", 8)
+    slab = torch.randn(1, 1, 90, generator=torch.Generator().manual_seed(0)).mul(4).round().to(DEVICE)
+    assert Kept(1, 70, 70, 4).blocks == 10
+    assert_in_order(slab, 70, selected(slab, 70))
+
+
+@pytest.mark.parametrize("blocks", [2, 4, 6, 10, 16, 22])
+def test_the_rounds_sort_any_blocks(blocks: int) -> None:
+    def meet(one: int, period: int, apart: int) -> bool:
+        skipped = apart % period
+        in_turn = one >= skipped and (one - skipped) // apart % 2 == 0
+        return in_turn and one // (2 * period) == (one + apart) // (2 * period)
+
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(200):
+        row = torch.randint(0, 2, (blocks,), generator=generator).tolist()  # what sorts 0 and 1 sorts everything
+        for period, apart in rounds(blocks):
+            for one in range(blocks - apart):
+                if meet(one, period, apart):
+                    row[one], row[one + apart] = max(row[one], row[one + apart]), min(row[one], row[one + apart])
+        assert row == sorted(row, reverse=True)
+
+
+@pytest.mark.parametrize("first", [0, 5])
+def test_strides_and_what_lies_behind_a_row(first: int) -> None:
+    whole = torch.full((2, 3, 80), NAN, device=DEVICE)
+    slab = whole[:, :, first : first + 68].transpose(0, 1)
+    slab.copy_(torch.randn(3, 2, 68, generator=torch.Generator().manual_seed(0)) - 10)
+    assert_in_order(slab, 6, selected(slab, 6))
+
+
+def test_offsets_pass_two_to_the_31() -> None:
+    far = 2**31 + 64
+    slab = torch.empty(far + 64, device=DEVICE).as_strided((1, 2, 64), (0, far, 1))
+    slab.copy_(torch.randn(2, 64, generator=torch.Generator().manual_seed(0)))
+    assert_in_order(slab, 3, selected(slab, 3))
+
+
+@pytest.mark.parametrize(
+    ("case", "dtype"),
+    [*((case, torch.float32) for case in CASES), *((CASES[0], dtype) for dtype in (torch.bfloat16, torch.float64))],
+    ids=str,
+)
+def test_selection_is_a_stable_sort_of_the_scores(case: Case, dtype: torch.dtype) -> None:
+    call: dict[str, Any] = {**case.call(), "impl": "triton"}
+    q, weights, k = (x if x is None else (x * 1.5).round() for x in case.inputs(dtype))
+    assert q is not None
+    assert k is not None
+    got = index_topk(q, weights, k, 7, with_scores=True, **call)
+    assert got.scores is not None
+    indices, scores = in_order(index_scores(q, weights, k, **call), 7)
+    assert torch.equal(got.indices, indices.int())
+    assert torch.equal(got.scores, scores)
+    eager = index_topk(q, weights, k, 7, **{**call, "impl": "eager"})
+    assert torch.equal(got.indices, eager.indices)
+
+
+def test_topk_of_every_size_and_index_dtype() -> None:
+    q, weights, k = ((x * 1.5).round() for x in Case(2, 11, h=2, d=16).inputs() if x is not None)
+    for topk in (0, 1, 11, 14):
+        got = index_topk(q, weights, k, topk, impl="triton", index_dtype=torch.int64)
+        assert got.scores is None
+        assert got.indices.dtype == torch.int64
+        assert torch.equal(got.indices, in_order(index_scores(q, weights, k, impl="triton"), topk)[0])
+
+
+@pytest.mark.parametrize("sizes", [(0, 5), (5, 0), (0, 0)])
+@pytest.mark.parametrize("b", [0, 2])
+def test_zero_length_axes_select_nothing(sizes: tuple[int, int], b: int) -> None:
+    q, weights, k = (x for x in Case(*sizes, b=b, h=2, d=16).inputs() if x is not None)
+    indices, _ = index_topk(q, weights, k, 3, impl="triton")
+    assert indices.shape == (b, sizes[0], 3)
+    assert (indices == -1).all()
+
+
+def small_slabs(monkeypatch: pytest.MonkeyPatch, rows: int) -> None:
+    """Let slabs of this few rows do, so that small calls take several."""
+    monkeypatch.setattr(triton_tiles, "_ROWS", rows)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_what_is_selected_does_not_depend_on_the_workspace_or_the_run(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    small_slabs(monkeypatch, 2)
+    q, weights, k = (x for x in Case(5, 70, b=2, h=64, d=16, visible="causal").inputs(dtype) if x is not None)
+    least = kernels.selection_plan(q.transpose(0, 1), k.transpose(0, 1), True, 6, 0).scratch_bytes
+    plan = kernels.selection_plan(q.transpose(0, 1), k.transpose(0, 1), True, 6, least)
+    assert len(list(plan.slabs(2, 5, lambda row: 66 + row))) == 6
+    expected = index_topk(q, weights, k, 6, causal=True, with_scores=True, impl="triton")
+    for workspace in (least, None):
+        again = index_topk(q, weights, k, 6, causal=True, with_scores=True, impl="triton", workspace=workspace)
+        assert torch.equal(again.indices, expected.indices)
+        assert again.scores is not None
+        assert expected.scores is not None
+        assert torch.equal(again.scores, expected.scores)
+    with pytest.raises(ValueError, match=f"index_topk: workspace must be at least {least} bytes .*, got {least - 1}"):
+        index_topk(q, weights, k, 6, impl="triton", workspace=least - 1)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "topk", "activation"),
+    [(torch.float32, 20, "relu"), (torch.float32, 20, None), (torch.float64, 5, "relu")],
+)
+def test_a_planned_byte_is_an_allocated_byte(dtype: torch.dtype, topk: int, activation: str | None) -> None:
+    q, weights, k = (x for x in Case(2, 3000, h=1, d=16).inputs(dtype) if x is not None)
+    keys = KeyRange(end=torch.full((2,), 40, dtype=torch.int32))
+
+    def run() -> Any:
+        return index_topk(q, weights, k, topk, keys=keys, with_scores=True, impl="triton", activation=activation)
+
+    run()
+    peak = allocator_peak(run, torch.device("cpu"))
+    planned = kernels.selection_plan(q.transpose(0, 1), k.transpose(0, 1), activation is not None, topk, 64 * MIB)
+    results = sum(x.untyped_storage().nbytes() for x in peak.result)
+    geometry = IndexerGeometry(1, 2, 3000, 1, 16, topk, str(dtype).removeprefix("torch."), activation is not None)
+    assert geometry.slab_selection() == planned
+    assert geometry.bill("headfold top-k", backend="triton").forward == geometry.indices_bytes + planned.scratch_bytes
+    assert 0.8 * planned.scratch_bytes <= peak.peak - results <= planned.scratch_bytes + 4096
+
+
+@settings(deadline=None, max_examples=200)
+@given(
+    st.integers(0, 9),
+    st.integers(0, 5000),
+    st.integers(0, 200_000),
+    st.integers(0, 3000),
+    st.sampled_from([4, 8]),
+    st.sampled_from([0, MIB, 16 * MIB, 64 * MIB, 512 * MIB]),
+    st.none() | st.tuples(st.integers(-2000, 5000), st.sampled_from([1, 4])),
+    st.booleans(),
+)
+@example(1, 20000, 20000, 8, 4, 64 * MIB, (0, 1), True)  # padding decides how many rows fit
+def test_slabs_cover_every_row_once_within_the_workspace(
+    b: int, sq: int, sk: int, topk: int, size: int, workspace: int, bound: tuple[int, int] | None, relu: bool
+) -> None:
+    plan = SlabSelection.of(b, sq, sk, 8, 64, topk, size, workspace, relu=relu)
+    least = SlabSelection.of(b, sq, sk, 8, 64, topk, size, 0, relu=relu)
+    assert plan.scratch_bytes <= max(workspace, least.scratch_bytes)
+    assert plan.least == least.least
+
+    def limit(row: int) -> int:
+        return sk if bound is None else max(0, min(sk, (row + 1 + bound[0]) // bound[1]))
+
+    seen = []
+    for part in plan.slabs(b, sq, limit):
+        rows = (part.batch_end - part.batch) * (part.row_end - part.row)
+        assert part.width == limit(part.row_end - 1) > 0
+        assert part.row % plan.least == 0
+        assert 0 < rows <= plan.kept.rows
+        assert rows * triton_tiles.padded(part.width) <= plan.elements
+        seen += [(i, row) for i in range(part.batch, part.batch_end) for row in (part.row, part.row_end - 1)]
+        assert all(limit(row) <= part.width for row in (part.row, part.row_end - 1))
+    covered = sum((part.batch_end - part.batch) * (part.row_end - part.row) for part in plan.slabs(b, sq, limit))
+    blind = sum(limit(row) == 0 for row in range(sq)) * b
+    assert b * sq - blind <= covered <= b * sq
+    assert len(set(seen)) >= len(seen) // 2
+
+
+def test_at_full_size_slabs_are_few_and_the_least_workspace_is_small() -> None:
+    plan = SlabSelection.of(1, 32768, 32768, 32, 128, 2048, 4, 64 * MIB)
+    assert plan.scratch_bytes <= 64 * MIB
+    assert len(list(plan.slabs(1, 32768, lambda row: row + 1))) < 100
+    for sk in (4096, 32768, 262144):
+        assert SlabSelection.of(1, 32768, sk, 32, 128, 2048, 4, 0).scratch_bytes <= 16 * MIB
+    decoding = SlabSelection.of(10**6, 1, 8, 32, 128, 1, 4, 64 * MIB)
+    assert max(part.batch_end - part.batch for part in decoding.slabs(10**6, 1, lambda row: 8)) == 65535
+    assert selecting.row_of("sm_90", 32768).sample == 1024
+
+
+def test_the_compile_lane_has_the_kernels_and_they_compile_without_a_spill() -> None:
+    code = """
+from headfold.backends.triton.compiling import compile_specimen
+from headfold.backends.triton.select_specimens import specimens
+from headfold.backends.triton.specimens import specimens as every
+found = list(specimens("sm_90"))
+assert {x.name for x in found} < {x.name for x in every("sm_90")}
+print(len(found), compile_specimen(found[0], "sm_90").breaches(found[0], "sm_90"))
+"""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, "-W", "ignore", "-c", code]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "15 []\n"
