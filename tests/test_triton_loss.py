@@ -14,9 +14,13 @@ from cases import Case
 pytest.importorskip("triton", reason="the kernels need Triton")
 
 from headfold import IndexerLoss, indexer_loss, loss_slabs
+from headfold.attention_contract import attention_of
 from headfold.backends import load
 from headfold.backends.triton import loss
-from headfold.contract import attention_of, score_call
+from headfold.backends.triton.loss_specimens import KERNELS, WIDEST, specimens
+from headfold.backends.triton.score_specimens import DTYPES
+from headfold.backends.triton.table import TABLE
+from headfold.contract import score_call
 from headfold.lanes.measure import allocator_peak
 from headfold.lanes.residency import LEAST_SHARE, SMALL_CHANGE
 from headfold.loss_slabs import LossSlab
@@ -256,3 +260,13 @@ def test_a_plan_fits_16_mib_at_the_usual_size(b: int, topk: int | None, sk: int)
     assert plan.backward_bytes <= 16 * MIB
     assert plan.rows * plan.batches >= 16
     assert plan.rows % 16 == 0
+
+
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90", "sm_100", "gfx942"])
+def test_every_tile_of_the_teacher_has_a_specimen(arch: str) -> None:
+    names = {x.name for x in specimens(arch)}
+    rows = [row for row in TABLE if row.kernel in KERNELS and row.arch in (arch, "*")]
+    assert {row.kernel for row in rows} == set(KERNELS)
+    for row in rows:
+        assert {f"{row.kernel} {dtype} hn={min(row.d, WIDEST)}" for dtype in DTYPES[row.dtype]} <= names
+    assert {f"{kernel}_kernel float32" for kernel in ("compare", "mark_seen", "mark_selected", "join")} <= names
