@@ -15,7 +15,7 @@ ROOT = Path(headfold.__file__).parent
 FLOORS = [
     ["tiles", "bills", "flops", "score_tiles"],
     ["layout", "keyrange", "loss_tiles", "attention_tiles", "dense_bills", "triton_tiles"],
-    ["geometry"],
+    ["geometry", "loss_slabs"],
     ["contract", "presets", "parallel"],
     ["attention_contract"],
     ["model_plan"],

@@ -65,7 +65,7 @@ def indexer_loss(
     dk = empty_rows_like(k, dtype).zero_() if needs[2] else None
     gradients = dq, dweights, dk
     with torch.autocast(device.type, enabled=False):
-        share = _share_of_a_row(row_mask, b * sq, mean, dtype, device)
+        share = share_of_a_row(row_mask, b * sq, mean, dtype, device)
         losses = torch.zeros(plan.slabs, dtype=dtype, device=device)
         slab = _Slab(plan, q, scale, softmax_scale, sparse, backward=any(x is not None for x in gradients))
         for i in range(b):
@@ -99,7 +99,7 @@ def scaled(factor: Tensor, gradient: Tensor, dtype: torch.dtype) -> Tensor:
     return out
 
 
-def _share_of_a_row(row_mask: Tensor | None, rows: int, mean: bool, dtype: torch.dtype, device: torch.device) -> Tensor:
+def share_of_a_row(row_mask: Tensor | None, rows: int, mean: bool, dtype: torch.dtype, device: torch.device) -> Tensor:
     """Return what a row's loss is multiplied by: 1, or 1 over the rows that count (1 where none counts)."""
     if not mean:
         return torch.ones((), dtype=dtype, device=device)

@@ -6,6 +6,7 @@ Imported when a call is dispatched here and not before, so that headfold runs wi
 import triton
 import triton.language
 
+from headfold.backends.triton.loss import indexer_loss, loss_plan
 from headfold.backends.triton.masks import index_mask, update_index_mask_
 from headfold.backends.triton.scores import add_gradients, fill_scores, index_scores, index_scores_backward, tile_of
 from headfold.backends.triton.topk import index_topk, selection_plan
@@ -22,6 +23,8 @@ __all__ = [
     "index_scores",
     "index_scores_backward",
     "index_topk",
+    "indexer_loss",
+    "loss_plan",
     "selection_plan",
     "tile_of",
     "update_index_mask_",
