@@ -501,10 +501,10 @@ def op_arguments(case: Heads, dtype: torch.dtype, *, grad: bool) -> tuple[Any, .
 @pytest.mark.parametrize("case", SMALL[:3], ids=str)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 def test_opcheck(case: Heads, dtype: torch.dtype, gathered: bool) -> None:
-    torch.library.opcheck(ops.sparse_attention, (*op_arguments(case, dtype, grad=True), gathered, True))
-    torch.library.opcheck(ops.sparse_attention, (*op_arguments(case, dtype, grad=False), gathered, False))
+    torch.library.opcheck(ops.sparse_attention, (*op_arguments(case, dtype, grad=True), gathered, True, "eager"))
+    torch.library.opcheck(ops.sparse_attention, (*op_arguments(case, dtype, grad=False), gathered, False, "eager"))
     g = case.incoming().to(dtype)
-    arguments = (g, *op_arguments(case, dtype, grad=False), gathered, True)
+    arguments = (g, *op_arguments(case, dtype, grad=False), gathered, True, "eager")
     for needs in ((True, True, case.v > 0, case.sinks), (True, False, False, False)):
         torch.library.opcheck(ops.sparse_attention_backward, (*arguments, *needs))
 
@@ -654,7 +654,7 @@ BREACHES: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"causal": True, "keys": KeyRange.causal(5, 7)}, ValueError, "causal=True excludes keys, got both"),
     ({"keys": KeyRange(end=torch.zeros(4).int())}, ValueError, r"keys.end must be \[sq\] = \[5\] or \[b, sq\]"),
     ({"keys": KeyRange(end=torch.zeros(5).int().to("meta"))}, ValueError, "keys.end must be on query's device cpu"),
-    ({"impl": "triton"}, ValueError, "impl must be one of 'auto', 'eager', 'materialized', got 'triton'"),
+    ({"impl": "fused"}, ValueError, "impl must be one of 'auto', 'eager', 'triton', 'materialized', got 'fused'"),
     ({"workspace": 10}, ValueError, "workspace must be at least [0-9]+ bytes for this shape, got 10"),
     ({"workspace": -1}, ValueError, "workspace must be at least 0 bytes, got -1"),
     (

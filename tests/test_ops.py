@@ -33,7 +33,7 @@ def op_arguments(case: Case, *, grad: bool) -> tuple[Any, ...]:
     assert k is not None
     call = score_call("test", q, weights, k, **{**DEFAULTS, **case.call()})
     inputs = [x.detach().requires_grad_(grad) for x in (call.q, call.weights, call.k) if x is not None]
-    return (*inputs, call.start, call.end, call.bias, call.offset, call.ratio, call.relu, call.scale)
+    return (*inputs, call.start, call.end, call.bias, call.offset, call.ratio, call.relu, call.scale, "eager")
 
 
 @pytest.mark.parametrize("case", SMALL, ids=str)
@@ -58,7 +58,7 @@ def test_opcheck_backward(needs: tuple[bool, bool, bool]) -> None:
 
 @pytest.mark.parametrize("case", [*SMALL, CASES[0]], ids=str)
 def test_the_undecorated_bodies_never_read_data(case: Case) -> None:
-    arguments = op_arguments(case, grad=False)
+    *arguments, _ = op_arguments(case, grad=False)
     g = case.incoming().float()
     with no_data_reads():
         eager.index_scores(*arguments)

@@ -285,7 +285,7 @@ def op_arguments(dtype: torch.dtype, *, grad: bool) -> tuple[Any, ...]:
     case = Case(9, 11, b=2, h=3, d=4, visible="causal")
     call = score_call("test", *case.inputs(dtype), **{**DEFAULTS, **case.call()})  # type: ignore[arg-type]
     inputs = [None if x is None else x.detach().requires_grad_(grad) for x in call.inputs]
-    return (*inputs, some_indices(case, 5), *call.options)
+    return (*inputs, some_indices(case, 5), *call.options, "eager")
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64], ids=str)
@@ -297,7 +297,7 @@ def test_opcheck(dtype: torch.dtype) -> None:
 
 
 def test_the_undecorated_bodies_read_no_data() -> None:
-    arguments = op_arguments(torch.bfloat16, grad=False)
+    *arguments, _ = op_arguments(torch.bfloat16, grad=False)
     with no_data_reads():
         scores = eager.selected_scores(*arguments)
         eager.selected_scores_backward(*(torch.ones_like(scores), *arguments, (True, True, True)))
@@ -362,7 +362,7 @@ def test_an_index_past_the_keys_is_refused_by_torch_on_a_cpu() -> None:
             "selected_scores: indices must be on q's device cpu, got meta",
         ),
         ({"workspace": 10}, ValueError, "selected_scores: workspace must be at least"),
-        ({"impl": "triton"}, ValueError, "selected_scores: impl must be one of"),
+        ({"impl": "fused"}, ValueError, "selected_scores: impl must be one of"),
     ],
 )
 def test_a_breach_is_one_sentence(change: dict[str, Any], error: type[Exception], said: str) -> None:

@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from headfold import backends, materialized_attention, ops
 from headfold.attention_tiles import gathers
-from headfold.backends import eager
 from headfold.contract import attention_call, enough_workspace, reverse_mode_only, wants_grad
 from headfold.layout import from_batch_first
 
@@ -90,21 +89,23 @@ def sparse_attention(
         layout=layout,
         workspace=workspace,
     )
-    if backends.choose("sparse_attention", impl) == "materialized":
+    backend = backends.choose("sparse_attention", impl, call.query, call.v_dim)
+    if backend == "materialized":
         attention = Attention(*materialized_attention.sparse_attention(call))
     else:
-        attention = _attend(call, with_lse=return_lse)
+        attention = _attend(call, with_lse=return_lse, backend=backend)
     out = from_batch_first(attention.out, layout)
     return Attention(out, attention.lse.detach()) if return_lse else out
 
 
-def _attend(call: AttentionCall, *, with_lse: bool, gathered: bool | None = None) -> Attention:
-    """Run a walk; gathered: which, None leaves it to the shape."""
+def _attend(call: AttentionCall, *, with_lse: bool, gathered: bool | None = None, backend: str = "eager") -> Attention:
+    """Run a body; gathered: which, None leaves it to the shape."""
     reverse_mode_only("sparse_attention", *call.inputs)
     key, value = ops.heads_once(call.key, call.value)
     if gathered is None:
         gathered = gathers(key.shape[1], call.indices.shape[2], call.query.shape[2], key.shape[2])
-    tile = eager.attention_tile_of(call.query, key, value, call.indices, call.v_dim, gathered)
+    tile = backends.load(backend).attention_tile_of(call.query, key, value, call.indices, call.v_dim, gathered)
     needed = tile.backward_bytes if wants_grad(*call.inputs) else tile.forward_bytes
     enough_workspace("sparse_attention", needed, call.workspace)
-    return Attention(*ops.sparse_attention(call.query, key, value, call.sink, *call.options, gathered, with_lse))
+    rest = gathered, with_lse, backend
+    return Attention(*ops.sparse_attention(call.query, key, value, call.sink, *call.options, *rest))

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, NamedTuple
 
 from headfold import backends, materialized_loss, ops
-from headfold.backends import eager
 from headfold.contract import (
     at_least,
     attention_of,
@@ -126,15 +125,16 @@ def indexer_loss(
     rows_of(op, row_mask, call.q)
     reduce = summing(op, group)
     mean = reduction == "mean"
-    if backends.choose(op, impl) == "materialized":
+    backend = backends.choose(op, impl, call.q, query.shape[-1])
+    if backend == "materialized":
         rest = float(softmax_scale), topk, sparse, row_mask, mean, reduce
         return IndexerLoss(*materialized_loss.indexer_loss(call, query, key, *rest))
     reverse_mode_only(op, *call.inputs)
     needs = tuple(wants_grad(x) for x in call.inputs)
-    plan = eager.loss_plan(call.q, call.k, query, key, call.relu, topk)
+    plan = backends.load(backend).loss_plan(call.q, call.k, query, key, call.relu, topk)
     enough_workspace(op, plan.backward_bytes if any(needs) else plan.forward_bytes, call.workspace)
     ranges = call.start, call.end, call.bias, row_mask, call.offset, call.ratio, call.relu, call.scale
-    arguments = *call.inputs, query, key, *ranges, float(softmax_scale), topk, sparse, mean, *needs
+    arguments = *call.inputs, query, key, *ranges, float(softmax_scale), topk, sparse, mean, backend, *needs
     if reduce is None:
         loss, indices, *_ = ops.indexer_loss(*arguments)
     else:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from headfold import backends, materialized, ops
-from headfold.backends import eager
 from headfold.contract import enough_workspace, reverse_mode_only, score_call, wants_grad
 
 if TYPE_CHECKING:
@@ -41,8 +40,8 @@ def index_scores(
         scale: factor on every score.
         layout: "sbhd"; "bshd" (q [b, sq, h, d], weights [b, sq, h], k [b, sk, d]); or "thd", packed (q [tq, h, d],
             weights [tq, h], k [tk, d]; needs `keys`).
-        impl: "eager" (PyTorch tiles), "materialized" (the upstream-style path through [sq, b, h, sk], an oracle) or
-            "auto", which is never the materialised path.
+        impl: "eager" (PyTorch tiles), "triton" (GPU kernels), "materialized" (the upstream-style path through
+            [sq, b, h, sk], an oracle) or "auto": the kernels for a CUDA or ROCm tensor that they take, else the tiles.
         workspace: bytes of scratch, 64 MiB when None. The result does not depend on it, not even in its last bit.
 
     Returns:
@@ -53,7 +52,8 @@ def index_scores(
     Nothing head-shaped is held between forward and backward: only the inputs.
 
     Raises: ValueError or TypeError for a broken contract, before anything is allocated, naming the argument, what it
-    needs and what it got; UnsupportedError for forward-mode tangents; RuntimeError when differentiated twice.
+    needs and what it got; UnsupportedError for forward-mode tangents, or an impl that cannot run the call;
+    RuntimeError when differentiated twice.
 
     Source: DeepSeek-V3.2 (arXiv:2512.02556), equation 1.
     """
@@ -70,11 +70,12 @@ def index_scores(
         layout=layout,
         workspace=workspace,
     )
-    if backends.choose("index_scores", impl) == "materialized":
+    backend = backends.choose("index_scores", impl, call.q)
+    if backend == "materialized":
         return materialized.index_scores(call)
     reverse_mode_only("index_scores", *call.inputs)
-    tile = eager.tile_of(call.q, call.k, call.relu)
+    tile = backends.load(backend).tile_of(call.q, call.k, call.relu)
     needed = tile.backward_bytes if wants_grad(*call.inputs) else tile.forward_bytes
     enough_workspace("index_scores", needed, call.workspace)
-    scores: Tensor = ops.index_scores(*call.inputs, *call.options)
+    scores: Tensor = ops.index_scores(*call.inputs, *call.options, backend)
     return scores

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from headfold import backends, materialized, ops
-from headfold.backends import eager
 from headfold.contract import enough_workspace, indices_for, reverse_mode_only, score_call, wants_grad
 
 if TYPE_CHECKING:
@@ -76,11 +75,12 @@ def selected_scores(
         workspace=workspace,
     )
     indices_for("selected_scores", indices, call.q)
-    if backends.choose("selected_scores", impl) == "materialized":
+    backend = backends.choose("selected_scores", impl, call.q)
+    if backend == "materialized":
         return materialized.selected_scores(call, indices)
     reverse_mode_only("selected_scores", *call.inputs)
-    tile = eager.gather_tile_of(call.q, indices, call.relu)
+    tile = backends.load(backend).gather_tile_of(call.q, indices, call.relu)
     needed = tile.backward_bytes if wants_grad(*call.inputs) else tile.forward_bytes
     enough_workspace("selected_scores", needed, call.workspace)
-    scores: Tensor = ops.selected_scores(*call.inputs, indices, *call.options)
+    scores: Tensor = ops.selected_scores(*call.inputs, indices, *call.options, backend)
     return scores

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 
 from headfold import backends, materialized, ops
-from headfold.backends import eager
 from headfold.contract import at_least, enough_workspace, one_of, score_call
 
 if TYPE_CHECKING:
@@ -88,11 +87,12 @@ def index_topk(
         workspace=workspace,
     )
     with torch.no_grad():
-        if backends.choose("index_topk", impl) == "materialized":
+        backend = backends.choose("index_topk", impl, call.q)
+        if backend == "materialized":
             return TopK(*materialized.index_topk(call, topk, with_scores, index_dtype))
-        least = eager.selection_plan(call.q, call.k, call.relu, topk, 0)
+        least = backends.load(backend).selection_plan(call.q, call.k, call.relu, topk, 0)
         enough_workspace("index_topk", least.scratch_bytes, call.workspace)
         inputs = (x if x is None else x.detach() for x in call.inputs)
         rest = topk, with_scores, index_dtype, call.workspace
-        indices, scores = ops.index_topk(*inputs, *call.options, *rest)
+        indices, scores = ops.index_topk(*inputs, *call.options, *rest, backend)
     return TopK(indices, scores if with_scores else None)

@@ -2,13 +2,83 @@
 
 from __future__ import annotations
 
-from headfold.contract import one_of
+from importlib.util import find_spec
+from typing import Any
 
-RULE = "PyTorch tiles run every dtype and width on any device"
-IMPLEMENTATIONS = ("auto", "eager", "materialized")
+import torch
+from torch import Tensor
+
+from headfold.contract import UnsupportedError, one_of
+
+IMPLEMENTATIONS = ("auto", "eager", "triton", "materialized")
+# The ops that the Triton package has, and the widths its kernels take. An op that is not here is eager's alone.
+TRITON_WIDTHS: dict[str, tuple[int, int]] = {}
+# What "auto" gives to the kernels. They run float64 too, for gradcheck, at a rate that is no reason to choose them.
+TRITON_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+HAS_TRITON = find_spec("triton") is not None  # told without importing it
+RULE = (
+    "auto: triton for a CUDA or ROCm tensor of float16, bfloat16 or float32 whose widths the op's kernels take, where "
+    "Triton can be imported; eager, which runs every dtype and width on any device, for everything else"
+)
 
 
-def choose(op: str, impl: str) -> str:
-    """Return "eager" or "materialized". "auto" is never the materialised path."""
+def choose(op: str, impl: str, x: Tensor, *widths: int) -> str:
+    """Return "eager", "triton" or "materialized" for a call on x [..., d]; an explicit one is that one or an error.
+
+    widths: further widths that the kernels of the op have to take, besides x's own.
+    """
     one_of(op, "impl", impl, IMPLEMENTATIONS)
-    return "eager" if impl == "auto" else impl
+    widths = (x.shape[-1], *widths)
+    if impl == "auto":
+        return automatic(op, x.device, x.dtype, *widths)[0]
+    if impl == "triton":
+        _require_triton(op, x, widths)
+    return impl
+
+
+def automatic(op: str, device: torch.device, dtype: torch.dtype, *widths: int) -> tuple[str, str]:
+    """Return what "auto" gives, "eager" or "triton" and never the materialised path, and why."""
+    if device.type != "cuda":
+        return "eager", f"kernels run on a CUDA or ROCm device, not on {device.type}"
+    if not HAS_TRITON:
+        return "eager", "Triton is not installed"
+    if op not in TRITON_WIDTHS:
+        return "eager", f"{op} has no kernel"
+    if dtype not in TRITON_DTYPES:
+        return "eager", f"kernels are chosen for half precision and float32, not for {_name(dtype)}"
+    narrowest, widest = TRITON_WIDTHS[op]
+    if not all(narrowest <= d <= widest for d in widths):
+        return "eager", f"kernels take widths {narrowest} to {widest}, not {', '.join(map(str, widths))}"
+    return "triton", f"{device.type}, {_name(dtype)}, and widths within {narrowest} to {widest}"
+
+
+def load(name: str) -> Any:
+    """Return the package of a backend, "eager" or "triton"; nothing of headfold imports Triton before this does."""
+    if name == "eager":
+        from headfold.backends import eager
+
+        return eager
+    from headfold.backends import triton
+
+    return triton
+
+
+def _require_triton(op: str, x: Tensor, widths: tuple[int, ...]) -> None:
+    way_out = 'Use impl="eager" or impl="auto".'
+    if op not in TRITON_WIDTHS:
+        raise UnsupportedError(f'{op}: has no Triton kernel, got impl="triton". {way_out}')
+    if not HAS_TRITON:
+        raise UnsupportedError(f'{op}: impl="triton" needs Triton, which is not installed here. {way_out}')
+    if x.device.type != "cuda" and not (x.device.type == "cpu" and load("triton").INTERPRETED):
+        raise UnsupportedError(
+            f'{op}: impl="triton" needs a CUDA or ROCm tensor (or TRITON_INTERPRET=1 before the first import of '
+            f"Triton, for tests on a CPU), got one on {x.device}. {way_out}"
+        )
+    narrowest, widest = TRITON_WIDTHS[op]
+    for d in widths:
+        if not narrowest <= d <= widest:
+            raise UnsupportedError(f'{op}: impl="triton" needs widths from {narrowest} to {widest}, got {d}. {way_out}')
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from headfold.attention_tiles import attention_flops
-from headfold.backends import eager
+from headfold.backends import eager, load
 from headfold.contract import compute_dtype
 from headfold.ops.once import differentiable_once
 
@@ -30,16 +30,17 @@ def sparse_attention(
     v_dim: int,
     gathered: bool,
     with_lse: bool,
+    backend: str,
 ) -> tuple[Tensor, Tensor]:
-    """Run the forward walk; a log-sum-exp not asked for is an empty tensor."""
+    """Run the forward body; a log-sum-exp not asked for is an empty tensor."""
     rest = start, end, offset, ratio, scale, v_dim, gathered, with_lse
-    out, lse = eager.sparse_attention(query, key, value, sink, indices, *rest)
+    out, lse = load(backend).sparse_attention(query, key, value, sink, indices, *rest)
     return out, query.new_empty(0) if lse is None else lse
 
 
 @sparse_attention.register_fake
 def _(query: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-    v_dim, _, with_lse = rest[-3:]
+    v_dim, _, with_lse, _ = rest[-4:]
     b, sq, heads, _ = query.shape
     dtype = compute_dtype(query.dtype)
     lse = query.new_empty(b, heads, sq, dtype=dtype) if with_lse else query.new_empty(0)
@@ -62,15 +63,16 @@ def sparse_attention_backward(
     v_dim: int,
     gathered: bool,
     with_lse: bool,
+    backend: str,
     need_query: bool,
     need_key: bool,
     need_value: bool,
     need_sink: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Run the backward walk; a gradient not needed is an empty tensor."""
+    """Run the backward body; a gradient not needed is an empty tensor."""
     needs = need_query, need_key, need_value, need_sink
     rest = start, end, offset, ratio, scale, v_dim, gathered, needs
-    grads = eager.sparse_attention_backward(g, query, key, value, sink, indices, *rest)
+    grads = load(backend).sparse_attention_backward(g, query, key, value, sink, indices, *rest)
     dq, dk, dv, dsink = (query.new_empty(0) if grad is None else grad for grad in grads)
     return dq, dk, dv, dsink
 
@@ -99,7 +101,7 @@ def _forward_flops(
     query: Any, key: Any, value: Any, sink: Any, indices: Any, *rest: Any, out_shape: Any = None, **_: Any
 ) -> int:
     b, sq, heads, dim = query
-    _, _, offset, ratio, _, v_dim, gathered, _ = rest
+    _, _, offset, ratio, _, v_dim, gathered, _, _ = rest
     shape = b, sq, key[1], indices[2], heads, dim + v_dim
     return attention_flops(gathered, *shape, offset=offset, ratio=ratio)
 
@@ -109,7 +111,7 @@ def _backward_flops(
     g: Any, query: Any, key: Any, value: Any, sink: Any, indices: Any, *rest: Any, out_shape: Any = None, **_: Any
 ) -> int:
     b, sq, heads, dim = query
-    _, _, offset, ratio, _, v_dim, gathered, _, need_query, need_key, need_value, _ = rest
+    _, _, offset, ratio, _, v_dim, gathered, _, _, need_query, need_key, need_value, _ = rest
     through_values = need_key if value is None else need_value
     channels = dim * (1 + need_query + need_key) + v_dim * (1 + through_values)
     return attention_flops(gathered, b, sq, key[1], indices[2], heads, channels, offset=offset, ratio=ratio)

@@ -9,13 +9,13 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from headfold.backends import eager
+from headfold.backends import eager, load
 from headfold.contract import compute_dtype
 from headfold.geometry import score_flops, visible_pairs
 from headfold.ops.once import ONCE
 
 Result = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
-ARGUMENTS = 20
+ARGUMENTS = 21
 
 
 @torch.library.custom_op("headfold::indexer_loss", mutates_args=())
@@ -37,25 +37,26 @@ def indexer_loss(
     topk: int | None,
     sparse: bool,
     mean: bool,
+    backend: str,
     need_q: bool,
     need_weights: bool,
     need_k: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Run the walk: loss, indices, dq, dweights and dk; what was not asked for is an empty tensor."""
-    rest = start, end, bias, row_mask, offset, ratio, relu, scale, softmax_scale, topk, sparse, mean
+    rest = start, end, bias, row_mask, offset, ratio, relu, scale, softmax_scale, topk, sparse, mean, backend
     return _walk(q, weights, k, query, key, *rest, need_q, need_weights, need_k)
 
 
 def _walk(*args: Any, reduce: Callable[[Tensor], None] | None = None) -> Result:
-    q, needs = args[0], args[-3:]
-    loss, *others = eager.indexer_loss(*args[:-3], needs=needs, reduce=reduce)
+    q, backend, needs = args[0], args[-4], args[-3:]
+    loss, *others = load(backend).indexer_loss(*args[:-4], needs=needs, reduce=reduce)
     indices, dq, dweights, dk = (q.new_empty(0) if x is None else x for x in others)
     return loss, indices, dq, dweights, dk
 
 
 @indexer_loss.register_fake
 def _(q: Tensor, weights: Tensor | None, k: Tensor, *rest: Any) -> Result:
-    topk, need_q, need_weights, need_k = rest[-6], *rest[-3:]
+    topk, need_q, need_weights, need_k = rest[-7], *rest[-3:]
     dtype = compute_dtype(q.dtype)
     nothing = q.new_empty(0)
     return (

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from headfold.backends import eager
+from headfold.backends import eager, load
 from headfold.contract import compute_dtype
 from headfold.geometry import score_flops
 from headfold.ops.once import differentiable_once, gradients_like
@@ -26,9 +26,11 @@ def index_scores(
     ratio: int,
     relu: bool,
     scale: float,
+    backend: str,
 ) -> Tensor:
-    """Run the forward walk."""
-    return eager.index_scores(q, weights, k, start, end, bias, offset, ratio, relu, scale)
+    """Run the forward body."""
+    scores: Tensor = load(backend).index_scores(q, weights, k, start, end, bias, offset, ratio, relu, scale)
+    return scores
 
 
 @index_scores.register_fake
@@ -49,13 +51,15 @@ def index_scores_backward(
     ratio: int,
     relu: bool,
     scale: float,
+    backend: str,
     need_q: bool,
     need_weights: bool,
     need_k: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Run the backward walk; a gradient not needed is an empty tensor, since a schema has no optional results."""
+    """Run the backward body; a gradient not needed is an empty tensor, since a schema has no optional results."""
     needs = (need_q, need_weights, need_k)
-    grads = eager.index_scores_backward(g, q, weights, k, start, end, bias, offset, ratio, relu, scale, needs)
+    rest = start, end, bias, offset, ratio, relu, scale, needs
+    grads = load(backend).index_scores_backward(g, q, weights, k, *rest)
     dq, dweights, dk = (q.new_empty(0) if grad is None else grad for grad in grads)
     return dq, dweights, dk
 

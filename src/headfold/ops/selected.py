@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from headfold.backends import eager
+from headfold.backends import load
 from headfold.contract import compute_dtype
 from headfold.geometry import score_flops
 from headfold.ops.once import differentiable_once, gradients_like
@@ -27,9 +27,12 @@ def selected_scores(
     ratio: int,
     relu: bool,
     scale: float,
+    backend: str,
 ) -> Tensor:
-    """Run the gathered forward walk."""
-    return eager.selected_scores(q, weights, k, indices, start, end, bias, offset, ratio, relu, scale)
+    """Run the gathered forward body."""
+    rest = start, end, bias, offset, ratio, relu, scale
+    scores: Tensor = load(backend).selected_scores(q, weights, k, indices, *rest)
+    return scores
 
 
 @selected_scores.register_fake
@@ -51,14 +54,15 @@ def selected_scores_backward(
     ratio: int,
     relu: bool,
     scale: float,
+    backend: str,
     need_q: bool,
     need_weights: bool,
     need_k: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Run the gathered backward walk; a gradient not needed is an empty tensor."""
+    """Run the gathered backward body; a gradient not needed is an empty tensor."""
     needs = (need_q, need_weights, need_k)
     rest = start, end, bias, offset, ratio, relu, scale, needs
-    grads = eager.selected_scores_backward(g, q, weights, k, indices, *rest)
+    grads = load(backend).selected_scores_backward(g, q, weights, k, indices, *rest)
     dq, dweights, dk = (q.new_empty(0) if grad is None else grad for grad in grads)
     return dq, dweights, dk
 

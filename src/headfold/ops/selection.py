@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from headfold.backends import eager
+from headfold.backends import eager, load
 from headfold.contract import compute_dtype
 from headfold.geometry import score_flops
 
@@ -29,16 +29,17 @@ def index_topk(
     with_scores: bool,
     index_dtype: torch.dtype,
     workspace: int,
+    backend: str,
 ) -> tuple[Tensor, Tensor]:
     """Run the selecting fold; scores not asked for are an empty tensor."""
     rest = topk, with_scores, index_dtype, workspace
-    indices, scores = eager.index_topk(q, weights, k, start, end, bias, offset, ratio, relu, scale, *rest)
+    indices, scores = load(backend).index_topk(q, weights, k, start, end, bias, offset, ratio, relu, scale, *rest)
     return indices, q.new_empty(0) if scores is None else scores
 
 
 @index_topk.register_fake
 def _(q: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-    topk, with_scores, index_dtype, _ = rest[-4:]
+    topk, with_scores, index_dtype, *_ = rest[-5:]
     shape = q.shape[0], q.shape[1], topk
     scores = q.new_empty(shape, dtype=compute_dtype(q.dtype)) if with_scores else q.new_empty(0)
     return q.new_empty(shape, dtype=index_dtype), scores

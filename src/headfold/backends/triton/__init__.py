@@ -1,0 +1,14 @@
+"""Triton kernels, on CUDA and ROCm devices, and under Triton's interpreter on a CPU.
+
+Imported when a call is dispatched here and not before, so that headfold runs without Triton.
+"""
+
+import triton
+import triton.language
+
+from headfold.backends.triton.visible import row_bounds
+
+# Both read TRITON_INTERPRET where they are decorated: a variable set between the two imports gives neither.
+INTERPRETED = not any(isinstance(f, triton.JITFunction) for f in (row_bounds, triton.language.zeros))
+
+__all__ = ["INTERPRETED"]

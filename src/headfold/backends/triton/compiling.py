@@ -1,0 +1,129 @@
+"""Kernels compiled for chips that are not here: registers, spills, shared memory, matrix instructions."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+TARGETS = {
+    "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_90": GPUTarget("cuda", 90, 32),
+    "sm_100": GPUTarget("cuda", 100, 32),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+}
+# Bytes of shared memory that one program may take. The compiler does not hold its results to this.
+SHARED = {"sm_80": 163 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024, "gfx942": 64 * 1024}
+# What a tensor core's instruction is called, in the assembly that is looked at.
+MATRIX = {
+    "sm_80": r"mma\.sync",
+    "sm_90": r"wgmma\.mma_async",
+    "sm_100": r"tcgen05\.mma",
+    "gfx942": r"v_mfma",
+}
+ALIGNED = [["tt.divisibility", 16]]
+
+
+@dataclass(frozen=True)
+class Specimen:
+    """A kernel as some call would have it compiled.
+
+    types: of every argument that is not a constant, as "*bf16", "i32" or "fp64"; a trailing ":16" says that the value
+    is a multiple of 16, as pointers and most strides are.   constants: arguments by value: tl.constexpr ones, None,
+    and strides of 1.   matrix: whether it has to use the tensor cores.
+    """
+
+    name: str
+    kernel: Any
+    types: dict[str, str]
+    constants: dict[str, Any]
+    num_warps: int
+    num_stages: int
+    matrix: bool = True
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """What the compiler made: registers a thread, spilled bytes, shared bytes, and matrix instructions."""
+
+    registers: int
+    spilled: int
+    shared: int
+    matrix: int
+    seconds: float
+
+    def breaches(self, specimen: Specimen, arch: str) -> list[str]:
+        """Return what is wrong with it, each in a few words."""
+        found = []
+        if self.spilled:
+            found.append(f"spills {self.spilled} bytes")
+        if self.shared > SHARED[arch]:
+            found.append(f"needs {self.shared} bytes of shared memory, {arch} has {SHARED[arch]}")
+        if specimen.matrix and not self.matrix:
+            found.append(f"has no {MATRIX[arch].replace(chr(92), '')}")
+        return found
+
+    def programs_per_core(self, specimen: Specimen, arch: str) -> int:
+        """Return how many programs fit one multiprocessor, by registers and shared memory."""
+        threads = specimen.num_warps * TARGETS[arch].warp_size
+        granted = -(-self.registers // 8) * 8
+        by_registers = (65536 if arch != "gfx942" else 131072) // (threads * granted)
+        by_shared = SHARED[arch] // (self.shared + 1024) if arch != "gfx942" else SHARED[arch] // max(1, self.shared)
+        return int(min(by_registers, by_shared))
+
+
+def compile_specimen(specimen: Specimen, arch: str) -> Compiled:
+    """Compile for an architecture, without a GPU; the result is cached where Triton caches."""
+    names = list(specimen.kernel.arg_names)
+    missing = set(names) - set(specimen.types) - set(specimen.constants)
+    if missing:
+        raise ValueError(f"{specimen.name}: types and constants must name every argument, got none for {missing}.")
+    signature = {n: specimen.types[n].split(":")[0] if n in specimen.types else "constexpr" for n in names}
+    constants = {(names.index(n),): value for n, value in specimen.constants.items()}
+    aligned = {(names.index(n),): ALIGNED for n, kind in specimen.types.items() if kind.endswith(":16")}
+    source = ASTSource(fn=specimen.kernel, signature=signature, constexprs=constants, attrs=aligned)
+    options = {"num_warps": specimen.num_warps, "num_stages": specimen.num_stages}
+    began = time.perf_counter()
+    kernel = triton.compile(source, target=TARGETS[arch], options=options)
+    return _inspect(kernel, arch, time.perf_counter() - began)
+
+
+def _inspect(kernel: Any, arch: str, seconds: float) -> Compiled:
+    shared = kernel.metadata.shared
+    if arch == "gfx942":
+        assembly = kernel.asm["amdgcn"]
+        registers, spilled = _field(assembly, r"\.vgpr_count"), _field(assembly, r"\.vgpr_spill_count")
+    else:
+        assembly = kernel.asm["ptx"]
+        registers, spilled = _usage(kernel.asm["cubin"])
+    return Compiled(registers, spilled, shared, len(re.findall(MATRIX[arch], assembly)), seconds)
+
+
+def _field(assembly: str, name: str) -> int:
+    found = re.search(name + r":\s*(\d+)", assembly)
+    if found is None:
+        raise RuntimeError(f"the assembly names no {name}")
+    return int(found[1])
+
+
+def _usage(cubin: bytes) -> tuple[int, int]:
+    """Return registers and spilled bytes (stack and local memory) of a cubin."""
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        command = [str(tool), "--dump-resource-usage", file.name]
+        said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    found = re.search(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", said)
+    if found is None:
+        raise RuntimeError(f"cuobjdump said nothing of registers: {said!r}")
+    registers, stack, local = map(int, found.groups())
+    return registers, stack + local

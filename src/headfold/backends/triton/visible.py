@@ -1,0 +1,56 @@
+"""Which keys a row may see, as kernels read it: one half-open range a row, and the bias."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+NO_OFFSET = 0
+
+
+@triton.jit
+def row_bounds(
+    rows,
+    inside,
+    sk,
+    start,
+    end,
+    start_stride,
+    end_stride,
+    offset,
+    RATIO: tl.constexpr,
+    HAS_OFFSET: tl.constexpr,
+):
+    """Return int32 [low, high) within [0, sk] of each row; (0, 0) or another empty range where none is visible.
+
+    rows: int, row numbers.   inside: which of them exist.   start, end: int32 of this batch element, or None.
+    """
+    low = tl.zeros(rows.shape, tl.int32)
+    high = tl.zeros(rows.shape, tl.int32) + sk
+    if start is not None:
+        low = tl.maximum(tl.load(start + rows.to(tl.int64) * start_stride, mask=inside, other=0), 0)
+    if end is not None:
+        high = tl.minimum(tl.load(end + rows.to(tl.int64) * end_stride, mask=inside, other=0), sk)
+    if HAS_OFFSET:
+        bound = tl.maximum(rows.to(tl.int64) + 1 + offset, 0) // RATIO
+        high = tl.minimum(high, tl.minimum(bound, sk).to(tl.int32))
+    high = tl.where(inside, high, 0)
+    low = tl.where(inside, low, sk)
+    return low, tl.maximum(high, 0)
+
+
+def bound_strides(x: Tensor | None) -> tuple[int, int]:
+    """Return the batch and row strides of start or end [1 or b, sq]; an axis of size one stands for all."""
+    return (0, 0) if x is None else (x.stride(0) if x.shape[0] > 1 else 0, x.stride(1))
+
+
+def bias_strides(x: Tensor | None) -> tuple[int, int, int]:
+    """Return the strides of bias [1 or b, sq, sk]; an axis of size one stands for all."""
+    return (0, 0, 0) if x is None else (x.stride(0) if x.shape[0] > 1 else 0, x.stride(1), x.stride(2))
+
+
+def rows_of(x: Tensor | None, first: int, end: int) -> Tensor | None:
+    """Return rows [first, end) of a tensor [b, sq, ...] or None."""
+    return None if x is None else torch.narrow(x, 1, first, end - first)
