@@ -12,8 +12,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from headfold.backends.triton.picks import Picks, Scatter, bounds, picked, strides
+from headfold.backends.triton.picks import Picks, Scatter, picked, strides
 from headfold.backends.triton.products import chunks, factor, matrix, options, power_of_two, product, put, rounded
+from headfold.backends.triton.visible import bias_strides, bound_strides, row_bounds
 from headfold.contract import compute_dtype
 from headfold.scatter_tiles import ScatterTile
 from headfold.tiles import blocks
@@ -75,11 +76,11 @@ def _folded(
 @triton.jit
 def _scores(
     out, q, w, k, indices, start, end, bias,
-    sk, topk, offset, ratio, scale,
+    sk, topk, offset, scale,
     q_batch, q_row, q_head, q_step, w_batch, w_row, w_head, k_batch, k_key, k_step,
     i_batch, i_row, i_step, start_batch, start_step, end_batch, end_step, bias_batch, bias_row, bias_step,
     H: tl.constexpr, D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, BH: tl.constexpr, BN: tl.constexpr,
-    BLOCKS: tl.constexpr, STAGES: tl.constexpr, RELU: tl.constexpr, STATIC: tl.constexpr,
+    BLOCKS: tl.constexpr, STAGES: tl.constexpr, RELU: tl.constexpr, RATIO: tl.constexpr, STATIC: tl.constexpr,
     SCALE: tl.constexpr, ACC: tl.constexpr, UPCAST: tl.constexpr, PRECISION: tl.constexpr, RANGED: tl.constexpr,
 ):  # fmt: skip
     """Scores of one row at BLOCKS blocks of its picks."""
@@ -97,7 +98,7 @@ def _scores(
         end += b * end_batch
     if bias is not None:
         bias += b * bias_batch + row * bias_row
-    lo, hi = bounds(row, start, start_step, end, end_step, offset, ratio, sk, STATIC)
+    lo, hi = row_bounds(row, row >= 0, sk, start, end, start_step, end_step, offset, RATIO, STATIC)
     times = factor(scale, SCALE, ACC)
     within = tl.arange(0, BH)
     heads, live_heads = within.to(tl.int64), within < H
@@ -141,12 +142,12 @@ def _scores(
 @triton.jit
 def _row_gradients(
     dq, dw, g, q, w, k, indices, start, end, bias,
-    sk, topk, offset, ratio, scale,
+    sk, topk, offset, scale,
     dq_batch, dq_row, dq_head, dq_step, dw_batch, dw_row, dw_head, g_batch, g_row, g_step,
     q_batch, q_row, q_head, q_step, w_batch, w_row, w_head, k_batch, k_key, k_step,
     i_batch, i_row, i_step, start_batch, start_step, end_batch, end_step, bias_batch, bias_row, bias_step,
     H: tl.constexpr, D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, BH: tl.constexpr, BN: tl.constexpr,
-    STAGES: tl.constexpr, RELU: tl.constexpr, STATIC: tl.constexpr,
+    STAGES: tl.constexpr, RELU: tl.constexpr, RATIO: tl.constexpr, STATIC: tl.constexpr,
     SCALE: tl.constexpr, ACC: tl.constexpr, UPCAST: tl.constexpr, PRECISION: tl.constexpr, RANGED: tl.constexpr,
 ):  # fmt: skip
     """dq and dweights (either may be None) of one row and a block of its heads, over all of its picks.
@@ -167,7 +168,7 @@ def _row_gradients(
         end += b * end_batch
     if bias is not None:
         bias += b * bias_batch + row * bias_row
-    lo, hi = bounds(row, start, start_step, end, end_step, offset, ratio, sk, STATIC)
+    lo, hi = row_bounds(row, row >= 0, sk, start, end, start_step, end_step, offset, RATIO, STATIC)
     times = factor(scale, SCALE, ACC)
     head = tl.program_id(1) * BH + tl.arange(0, BH)
     heads, live_heads = head.to(tl.int64), head < H
@@ -331,9 +332,9 @@ def selected_scores(
     grid = sq, triton.cdiv(topk, tile["BN"] * PICK_BLOCKS), b
     _scores[grid](
         out, q, weights, k, indices, start, end, bias,
-        sk, topk, offset or 0, ratio, scale,
-        *q.stride(), *strides(weights, 3), *k.stride(), *indices.stride(), *_ranges(start, end, bias),
-        **widths, **tile, **options(q, scale), BLOCKS=PICK_BLOCKS, RELU=relu, STATIC=offset is not None,
+        sk, topk, offset or 0, scale,
+        *q.stride(), *strides(weights, 3), *k.stride(), *indices.stride(), *bound_strides(start), *bound_strides(end), *bias_strides(bias),
+        **widths, **tile, **options(q, scale), BLOCKS=PICK_BLOCKS, RELU=relu, RATIO=ratio, STATIC=offset is not None,
     )  # fmt: skip
     return out
 
@@ -365,10 +366,10 @@ def selected_scores_backward(
         tile = _tile("selected_scores_rows", q)
         _row_gradients[(sq, triton.cdiv(q.shape[2], arithmetic["BH"]), b)](
             dq, dweights, g, q, weights, k, indices, start, end, bias,
-            k.shape[1], topk, offset or 0, ratio, scale,
+            k.shape[1], topk, offset or 0, scale,
             *strides(dq, 4), *strides(dweights, 3), *g.stride(), *q.stride(), *strides(weights, 3), *k.stride(),
-            *indices.stride(), *_ranges(start, end, bias),
-            **arithmetic, **tile, STATIC=offset is not None,
+            *indices.stride(), *bound_strides(start), *bound_strides(end), *bias_strides(bias),
+            **arithmetic, **tile, RATIO=ratio, STATIC=offset is not None,
         )  # fmt: skip
     if dk is not None:
         _key_gradients(dk, g, q, weights, k, indices, (start, end, bias, offset, ratio), arithmetic, scale)
@@ -392,12 +393,12 @@ def _key_gradients(
     assert picks.sums is not None
     spread = torch.empty(walk.rows, 1, walk.span, q.shape[3], dtype=dtype, device=q.device)
     cast = torch.empty(k.shape[1:], dtype=dtype, device=q.device) if dk.dtype != dtype else None
+    sq = q.shape[1]
     for i in range(q.shape[0]):
         total = dk[i] if cast is None else cast.zero_()
-        some = tuple(batch_element(x, i) for x in ranges[:3])
         w = batch_element(weights, i)
-        for block in blocks(q.shape[1], walk.block):
-            picks.settle(indices[i], block, k.shape[1], (*some, *ranges[3:]), g[i], scale)
+        for block in blocks(sq, walk.block):
+            picks.settle(indices, (i * sq + block[0], i * sq + block[1]), k.shape[1], ranges, g, scale)
             for slab in blocks(block[1] - block[0], walk.rows):
                 rows = slice(*slab)
                 for span in blocks(walk.topk, walk.span):
@@ -417,12 +418,6 @@ def batch_element(x: Tensor | None, i: int) -> Tensor | None:
     return None if x is None else x[i if x.shape[0] > 1 else 0]
 
 
-def _ranges(start: Tensor | None, end: Tensor | None, bias: Tensor | None) -> tuple[int, ...]:
-    """Strides of what rows may see, 0 along a batch axis of one."""
-    found = ((x, strides(x, axes)) for x, axes in ((start, 2), (end, 2), (bias, 3)))
-    return tuple(n for x, s in found for n in (0 if x is not None and x.shape[0] == 1 else s[0], *s[1:]))
-
-
 def _widths(q: Tensor) -> dict[str, int]:
     h, d = q.shape[2:]
     d0, d1 = chunks(d)
@@ -430,7 +425,7 @@ def _widths(q: Tensor) -> dict[str, int]:
 
 
 def _tile(kernel: str, q: Tensor) -> dict[str, int]:
-    return {"BN": 16 if q.device.type == "cpu" else 64, "STAGES": 2, "num_warps": 4}
+    return {"BN": 32 if q.device.type == "cpu" else 64, "STAGES": 2, "num_warps": 4}
 
 
 PICK_BLOCKS = 8

@@ -17,26 +17,13 @@ import triton.language as tl
 from torch import Tensor
 
 from headfold.backends.triton.products import factor
+from headfold.backends.triton.visible import bias_strides, bound_strides, row_bounds
 from headfold.scatter_tiles import ROWS_A_WORD, ScatterTile
 
 # Picks that a program of `settle` reads at a time, and that it compares with one another where some are equal.
 BLOCK, COMPARED = 1024, 64
 # Picks that a program of `place` marks; keys and channels that a program of `collect` sums.
 MARKED, KEYS, CHANNELS = 512, 16, 128
-
-
-@triton.jit
-def bounds(row, start, start_step, end, end_step, offset, ratio, sk, STATIC: tl.constexpr):
-    """The half-open range [lo, hi) of keys that a row may see; start and end point at its batch element or are None."""
-    lo, hi = 0, sk
-    if STATIC:
-        last = tl.maximum(row.to(tl.int64) + 1 + offset, 0) // ratio
-        hi = tl.minimum(hi, last).to(tl.int32)
-    if start is not None:
-        lo = tl.maximum(lo, tl.load(start + row.to(tl.int64) * start_step))
-    if end is not None:
-        hi = tl.minimum(hi, tl.load(end + row.to(tl.int64) * end_step))
-    return lo, hi
 
 
 @triton.jit
@@ -56,40 +43,45 @@ def picked(indices, j, topk, step, lo, hi, bias, bias_step):
 @triton.jit
 def _settle(
     picks, sums, largest, bitmap, indices, g, start, end, bias,
-    first_row, sk, topk, words, offset, ratio, scale,
-    index_rows, index_step, g_rows, g_step, start_step, end_step, bias_rows, bias_step,
-    STATIC: tl.constexpr, SCALE: tl.constexpr, ACC: tl.constexpr,
+    first_row, sq, sk, topk, words, offset, scale,
+    i_batch, i_row, i_step, g_batch, g_row, g_step,
+    start_batch, start_step, end_batch, end_step, bias_batch, bias_row, bias_step,
+    RATIO: tl.constexpr, STATIC: tl.constexpr, SCALE: tl.constexpr, ACC: tl.constexpr,
     BLOCK: tl.constexpr, COMPARED: tl.constexpr,
 ):  # fmt: skip
     """One row: picks [topk] int32 and, for dscores g, sums [topk]: scale · g, with that of equal picks at the first."""
     r = tl.program_id(0).to(tl.int64)
-    row = first_row + r
-    indices += row * index_rows
+    b, row = (first_row + r) // sq, (first_row + r) % sq
+    indices += b * i_batch + row * i_row
     picks += r * topk
     bitmap += r * words
+    if start is not None:
+        start += b * start_batch
+    if end is not None:
+        end += b * end_batch
     if bias is not None:
-        bias += row * bias_rows
+        bias += b * bias_batch + row * bias_row
     if g is not None:
-        g += row * g_rows
+        g += b * g_batch + row * g_row
         sums += r * topk
         times = factor(scale, SCALE, ACC)
-    lo, hi = bounds(row, start, start_step, end, end_step, offset, ratio, sk, STATIC)
+    lo, hi = row_bounds(row, row >= 0, sk, start, end, start_step, end_step, offset, RATIO, STATIC)
     again = tl.zeros((BLOCK,), tl.int32)
     for j0 in range(0, topk, BLOCK):
         j = j0 + tl.arange(0, BLOCK)
-        t, live, _ = picked(indices, j, topk, index_step, lo, hi, bias, bias_step)
+        t, live, _ = picked(indices, j, topk, i_step, lo, hi, bias, bias_step)
         bit = tl.full((BLOCK,), 1, tl.int32) << (t & 31).to(tl.int32)
         again |= tl.where(live, tl.atomic_or(bitmap + (t >> 5), bit, mask=live, sem="relaxed") & bit, 0)
     top = tl.zeros((), ACC)
     if tl.max((again != 0).to(tl.int32), 0) > 0:
         for j0 in range(0, topk, COMPARED):
             j = j0 + tl.arange(0, COMPARED)
-            t, live, _ = picked(indices, j, topk, index_step, lo, hi, bias, bias_step)
+            t, live, _ = picked(indices, j, topk, i_step, lo, hi, bias, bias_step)
             earlier = tl.zeros((COMPARED,), tl.int32)
             total = tl.zeros((COMPARED,), ACC)
             for i0 in range(0, topk, COMPARED):
                 i = i0 + tl.arange(0, COMPARED)
-                other, counts, _ = picked(indices, i, topk, index_step, lo, hi, bias, bias_step)
+                other, counts, _ = picked(indices, i, topk, i_step, lo, hi, bias, bias_step)
                 same = (t[:, None] == other[None, :]) & live[:, None] & counts[None, :]
                 earlier = tl.maximum(earlier, tl.max((same & (i[None, :] < j[:, None])).to(tl.int32), 1))
                 if g is not None:
@@ -104,7 +96,7 @@ def _settle(
     else:
         for j0 in range(0, topk, BLOCK):
             j = j0 + tl.arange(0, BLOCK)
-            t, live, _ = picked(indices, j, topk, index_step, lo, hi, bias, bias_step)
+            t, live, _ = picked(indices, j, topk, i_step, lo, hi, bias, bias_step)
             tl.store(picks + j, tl.where(live, t, -1).to(tl.int32), mask=j < topk)
             if g is not None:
                 total = tl.load(g + j.to(tl.int64) * g_step, mask=live, other=0.0).to(ACC) * times
@@ -128,14 +120,14 @@ def _place(rowbits, places, picks, first_pick, last_pick, sk, topk, MARKED: tl.c
 
 @triton.jit
 def _collect(
-    total, spread, rowbits, places, groups, sk, span, WIDTH: tl.constexpr, KEYS: tl.constexpr, CHANNELS: tl.constexpr
+    total, spread, rowbits, places, groups, sk, span, total_head, total_key, WIDTH: tl.constexpr, KEYS: tl.constexpr, CHANNELS: tl.constexpr
 ):
-    """Add to total [heads, sk, WIDTH] at a few keys what spread [rows, heads, span, WIDTH] holds of them."""
+    """Add to total [heads, sk, WIDTH], dense in its last axis, what spread [rows, heads, span, WIDTH] holds of a few keys."""
     t = tl.program_id(0) * KEYS + tl.arange(0, KEYS)
     c = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
     head, heads = tl.program_id(2).to(tl.int64), tl.num_programs(2)
     within = c < WIDTH
-    at = total + (head * sk + t)[:, None] * WIDTH + c[None, :]
+    at = total + (head * total_head + t.to(tl.int64) * total_key)[:, None] + c[None, :]
     for n in range(groups):
         left = tl.load(rowbits + t, mask=t < sk, other=0)
         if tl.max((left != 0).to(tl.int32), 0) > 0:
@@ -179,15 +171,19 @@ class Picks:
         g: Tensor | None = None,
         scale: float = 1.0,
     ) -> None:
-        """Settle rows of one batch element's indices [sq, topk] and dscores g; ranges: start, end, bias and bound."""
+        """Settle rows of indices [b, sq, topk] and of dscores g, numbered over the batch: row s of element i is i·sq + s.
+
+        ranges: start, end, bias, offset and ratio.
+        """
         start, end, bias, offset, ratio = ranges
         self.bitmap.zero_()
         double = self.sums is not None and self.sums.dtype == torch.float64
         _settle[(row[1] - row[0],)](
             self.picks, self.sums, self.largest, self.bitmap, indices, g, start, end, bias,
-            row[0], sk, self.tile.topk, self.tile.words, offset or 0, ratio, scale,
-            *indices.stride(), *(strides(g, 2)), *strides(start, 1), *strides(end, 1), *strides(bias, 2),
-            STATIC=offset is not None, SCALE=scale if double else None, ACC=tl.float64 if double else tl.float32,
+            row[0], indices.shape[1], sk, self.tile.topk, self.tile.words, offset or 0, scale,
+            *indices.stride(), *strides(g, 3), *bound_strides(start), *bound_strides(end), *bias_strides(bias),
+            RATIO=ratio, STATIC=offset is not None,
+            SCALE=scale if double else None, ACC=tl.float64 if double else tl.float32,
             BLOCK=BLOCK, COMPARED=COMPARED, num_warps=4,
         )  # fmt: skip
 
@@ -207,12 +203,12 @@ class Scatter:
         _place[grid](self.rowbits, self.places, picks, *span, self.tile.sk, self.tile.topk, MARKED=MARKED, num_warps=4)
 
     def collect(self, total: Tensor, spread: Tensor, rows: int) -> None:
-        """Add spread [rows, heads, span, d] to total [heads, sk, d], contiguous."""
+        """Add spread [rows, heads, span, d] to total [heads, sk, d], dense in its last axis."""
         heads, sk, width = total.shape
         channels = min(CHANNELS, max(16, triton.next_power_of_2(width)))
         grid = triton.cdiv(sk, KEYS), triton.cdiv(width, channels), heads
         _collect[grid](
-            total, spread, self.rowbits, self.places, -(-rows // ROWS_A_WORD), sk, self.tile.span,
+            total, spread, self.rowbits, self.places, -(-rows // ROWS_A_WORD), sk, self.tile.span, *total.stride()[:2],
             WIDTH=width, KEYS=KEYS, CHANNELS=channels, num_warps=4,
         )  # fmt: skip
 

@@ -1,0 +1,518 @@
+"""sparse_attention by kernels: a program holds a row's heads of one key head and gathers the row's keys by blocks.
+
+Forward is an online softmax over settled picks. Backward makes it again, without its values, for what the gradients
+need of a row: lse and the mean of dprobabilities. dq is then made with its row resident, dk and dv pick by pick, and
+`Scatter` adds those up by one writer a key. Nothing is held between forward and backward.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from headfold.backends.eager.attention import heads_apart, rows_like
+from headfold.backends.triton.picks import Picks, Scatter, strides
+from headfold.backends.triton.products import chunks, factor, matrix, options, power_of_two, product, put, rounded
+from headfold.contract import compute_dtype
+from headfold.scatter_tiles import ScatterTile
+from headfold.tiles import blocks
+
+SINK_ROWS, SINK_HEADS = 64, 16
+
+
+@triton.jit
+def _both(
+    x, rows, live, step, FIRST: tl.constexpr, SECOND: tl.constexpr, WIDTH: tl.constexpr,
+):  # fmt: skip
+    """Load the two blocks of channels of some rows; the first again where there is no second."""
+    x0 = matrix(x, rows, live, step, 0, FIRST, WIDTH)
+    if SECOND > 0:
+        return x0, matrix(x, rows, live, step, FIRST, SECOND, WIDTH)
+    else:
+        return x0, x0
+
+
+@triton.jit
+def _products(a0, a1, b0, b1, SECOND: tl.constexpr, ACC: tl.constexpr, UPCAST: tl.constexpr, PRECISION: tl.constexpr):
+    """a · bᵀ over the one or two blocks of channels."""
+    x = product(a0, tl.trans(b0), tl.zeros((a0.shape[0], b0.shape[0]), ACC), UPCAST, PRECISION)
+    if SECOND > 0:
+        x = product(a1, tl.trans(b1), x, UPCAST, PRECISION)
+    return x
+
+
+@triton.jit
+def _picked(picks, j, topk):
+    """Load settled picks: keys int64 and whether they count."""
+    key = tl.load(picks + j, mask=j < topk, other=-1)
+    live = key >= 0
+    return tl.where(live, key, 0).to(tl.int64), live
+
+
+@triton.jit
+def _begin(sink, heads, live, BH: tl.constexpr, ACC: tl.constexpr):
+    """The largest logit and the sum of a softmax that holds the sink alone, or nothing."""
+    if sink is None:
+        return tl.full((BH,), float("-inf"), ACC), tl.zeros((BH,), ACC)
+    else:
+        largest = tl.load(sink + heads, mask=live, other=float("-inf")).to(ACC)
+        none = largest == float("-inf")
+        base = tl.where(none, 0.0, largest)
+        return largest, tl.where(none, 0.0, tl.exp(base - base))  # NaN where the sink is infinite
+
+
+@triton.jit
+def _step(s, largest, total):
+    """Take logits s [BH, BN] into a softmax: p, what its sums shrink by, its largest logit and its sum."""
+    after = tl.maximum(largest, tl.max(s, 1))
+    base = tl.where(after == float("-inf"), 0.0, after)
+    p = tl.exp(s - base[:, None])
+    shrink = tl.exp(largest - base)
+    return p, shrink, after, total * shrink + tl.sum(p, 1)
+
+
+@triton.jit
+def _attend(
+    out, lse, query, key, value, sink, picks,
+    first_row, sq, topk, scale,
+    out_batch, out_row, out_head, out_step, q_batch, q_row, q_head, q_step,
+    k_batch, k_key, k_head, k_step, v_batch, v_key, v_head, v_step,
+    H: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr,
+    V: tl.constexpr, V0: tl.constexpr, V1: tl.constexpr, REUSE: tl.constexpr,
+    BH: tl.constexpr, BN: tl.constexpr, STAGES: tl.constexpr,
+    SCALE: tl.constexpr, ACC: tl.constexpr, UPCAST: tl.constexpr, PRECISION: tl.constexpr, RANGED: tl.constexpr,
+):  # fmt: skip
+    """out [BH, V] and lse [BH] of one row and some heads of one key head."""
+    r = tl.program_id(0).to(tl.int64)
+    b, row = (first_row + r) // sq, (first_row + r) % sq
+    per_head: tl.constexpr = (GROUP + BH - 1) // BH
+    key_head = (tl.program_id(1) // per_head).to(tl.int64)
+    within = (tl.program_id(1) % per_head) * BH + tl.arange(0, BH)
+    live_heads, heads = within < GROUP, key_head * GROUP + within
+    picks += r * topk
+    key += b * k_batch + key_head * k_head
+    value += b * v_batch + key_head * v_head
+    q0, q1 = _both(query + b * q_batch + row * q_row, heads * q_head, live_heads, q_step, D0, D1, D)
+    times = factor(scale, SCALE, ACC)
+    largest, total = _begin(sink, heads, live_heads, BH, ACC)
+    acc0 = tl.zeros((BH, V0), ACC)
+    acc1 = tl.zeros((BH, V1 if V1 > 0 else 16), ACC)
+    for j0 in tl.range(0, topk, BN, num_stages=STAGES):
+        t, live = _picked(picks, j0 + tl.arange(0, BN), topk)
+        k0, k1 = _both(key, t * k_key, live, k_step, D0, D1, D)
+        s = _products(q0, q1, k0, k1, D1, ACC, UPCAST, PRECISION) * times
+        s = tl.where(live[None, :], s, float("-inf"))
+        p, shrink, largest, total = _step(s, largest, total)
+        p = rounded(p, k0.dtype, UPCAST)
+        if REUSE:
+            v0 = k0
+        else:
+            v0 = matrix(value, t * v_key, live, v_step, 0, V0, V)
+        acc0 = product(p, v0, acc0 * shrink[:, None], UPCAST, PRECISION)
+        if V1 > 0:
+            v1 = matrix(value, t * v_key, live, v_step, V0, V1, V)
+            acc1 = product(p, v1, acc1 * shrink[:, None], UPCAST, PRECISION)
+    # Not whether it is above zero: NaN has to stay.
+    share = tl.where(total == 0, 0.0, 1.0 / tl.where(total == 0, 1.0, total))[:, None]
+    out += b * out_batch + row * out_row
+    put(out, heads * out_head, live_heads, out_step, rounded(acc0 * share, out.dtype.element_ty, UPCAST), 0, V0, V)
+    if V1 > 0:
+        put(out, heads * out_head, live_heads, out_step, rounded(acc1 * share, out.dtype.element_ty, UPCAST), V0, V1, V)
+    if lse is not None:
+        logs = tl.where(total == 0, float("-inf"), largest + tl.log(tl.where(total == 0, 1.0, total)))
+        tl.store(lse + (b * H + heads) * sq + row, logs, mask=live_heads)
+
+
+@triton.jit
+def _row_gradients(
+    dq, lse, mean, reach, g, query, key, value, sink, picks,
+    first_row, sq, topk, scale,
+    dq_batch, dq_row, dq_head, dq_step, g_batch, g_row, g_head, g_step, q_batch, q_row, q_head, q_step,
+    k_batch, k_key, k_head, k_step, v_batch, v_key, v_head, v_step,
+    H: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr,
+    V: tl.constexpr, V0: tl.constexpr, V1: tl.constexpr, REUSE: tl.constexpr,
+    BH: tl.constexpr, BN: tl.constexpr, STAGES: tl.constexpr,
+    SCALE: tl.constexpr, ACC: tl.constexpr, UPCAST: tl.constexpr, PRECISION: tl.constexpr, RANGED: tl.constexpr,
+):  # fmt: skip
+    """lse, mean and reach [rows, H] of one row and some heads of one key head, and their dq unless it is None.
+
+    mean: Σ p · dp, where dp = g · v.   reach: the largest |dp|, which keeps float16 products in their range.
+    """
+    r = tl.program_id(0).to(tl.int64)
+    b, row = (first_row + r) // sq, (first_row + r) % sq
+    per_head: tl.constexpr = (GROUP + BH - 1) // BH
+    key_head = (tl.program_id(1) // per_head).to(tl.int64)
+    within = (tl.program_id(1) % per_head) * BH + tl.arange(0, BH)
+    live_heads, heads = within < GROUP, key_head * GROUP + within
+    picks += r * topk
+    key += b * k_batch + key_head * k_head
+    value += b * v_batch + key_head * v_head
+    q0, q1 = _both(query + b * q_batch + row * q_row, heads * q_head, live_heads, q_step, D0, D1, D)
+    g0, g1 = _both(g + b * g_batch + row * g_row, heads * g_head, live_heads, g_step, V0, V1, V)
+    times = factor(scale, SCALE, ACC)
+    largest, total = _begin(sink, heads, live_heads, BH, ACC)
+    middle = tl.zeros((BH,), ACC)
+    far = tl.zeros((BH,), tl.float32)
+    for j0 in tl.range(0, topk, BN, num_stages=STAGES):
+        t, live = _picked(picks, j0 + tl.arange(0, BN), topk)
+        k0, k1 = _both(key, t * k_key, live, k_step, D0, D1, D)
+        if REUSE:
+            v0, v1 = k0, k0
+        else:
+            v0, v1 = _both(value, t * v_key, live, v_step, V0, V1, V)
+        s = _products(q0, q1, k0, k1, D1, ACC, UPCAST, PRECISION) * times
+        dp = _products(g0, g1, v0, v1, V1, ACC, UPCAST, PRECISION)
+        s = tl.where(live[None, :], s, float("-inf"))
+        p, shrink, largest, total = _step(s, largest, total)
+        middle = middle * shrink + tl.sum(tl.where(live[None, :], p * dp, 0.0), 1)
+        if RANGED:
+            far = tl.maximum(far, tl.max(tl.where(live[None, :], tl.abs(dp), 0.0), 1))
+    logs = tl.where(total == 0, float("-inf"), largest + tl.log(tl.where(total == 0, 1.0, total)))
+    tl.store(lse + r * H + heads, logs, mask=live_heads)
+    middle = tl.where(total == 0, 0.0, middle / tl.where(total == 0, 1.0, total))
+    logs = tl.where(total == 0, 0.0, logs)
+    tl.store(mean + r * H + heads, middle, mask=live_heads)
+    if RANGED:
+        tl.store(reach + r * H + heads, far, mask=live_heads)
+    if dq is not None:
+        by = power_of_two(far)
+        acc0 = tl.zeros((BH, D0), ACC)
+        acc1 = tl.zeros((BH, D1 if D1 > 0 else 16), ACC)
+        for j0 in tl.range(0, topk, BN, num_stages=STAGES):
+            t, live = _picked(picks, j0 + tl.arange(0, BN), topk)
+            k0, k1 = _both(key, t * k_key, live, k_step, D0, D1, D)
+            if REUSE:
+                v0, v1 = k0, k0
+            else:
+                v0, v1 = _both(value, t * v_key, live, v_step, V0, V1, V)
+            s = _products(q0, q1, k0, k1, D1, ACC, UPCAST, PRECISION) * times
+            p = tl.exp(tl.where(live[None, :], s, float("-inf")) - logs[:, None])
+            ds = _products(g0, g1, v0, v1, V1, ACC, UPCAST, PRECISION) - middle[:, None]
+            if RANGED:
+                ds = ds / by[:, None]
+            ds = tl.where(live[None, :], p * ds, 0.0)
+            ds = rounded(ds, k0.dtype, UPCAST)
+            acc0 = product(ds, k0, acc0, UPCAST, PRECISION)
+            if D1 > 0:
+                acc1 = product(ds, k1, acc1, UPCAST, PRECISION)
+        if RANGED:
+            acc0, acc1 = acc0 * by[:, None], acc1 * by[:, None]
+        dq += b * dq_batch + row * dq_row
+        x0 = rounded(acc0 * times, dq.dtype.element_ty, UPCAST)
+        put(dq, heads * dq_head, live_heads, dq_step, x0, 0, D0, D)
+        if D1 > 0:
+            x1 = rounded(acc1 * times, dq.dtype.element_ty, UPCAST)
+            put(dq, heads * dq_head, live_heads, dq_step, x1, D0, D1, D)
+
+
+@triton.jit
+def _spread(
+    dkeys, dvalues, lse, mean, reach, g, query, key, value, picks,
+    first_row, first_pick, last_pick, sq, topk, span, scale,
+    g_batch, g_row, g_head, g_step, q_batch, q_row, q_head, q_step,
+    k_batch, k_key, k_head, k_step, v_batch, v_key, v_head, v_step,
+    H: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr,
+    V: tl.constexpr, V0: tl.constexpr, V1: tl.constexpr, REUSE: tl.constexpr, MERGED: tl.constexpr,
+    BH: tl.constexpr, BN: tl.constexpr, STAGES: tl.constexpr,
+    SCALE: tl.constexpr, ACC: tl.constexpr, UPCAST: tl.constexpr, PRECISION: tl.constexpr, RANGED: tl.constexpr,
+):  # fmt: skip
+    """Gradients of some settled picks of one row and one key head, through its keys and its values.
+
+    MERGED: whether values are channels of the keys, and their gradients are added to those; else dvalues holds them.
+    """
+    r = tl.program_id(0).to(tl.int64)
+    b, row = (first_row + r) // sq, (first_row + r) % sq
+    key_head = tl.program_id(2).to(tl.int64)
+    j = first_pick + tl.program_id(1) * BN + tl.arange(0, BN)
+    t, live = _picked(picks + r * topk, j, last_pick)
+    key += b * k_batch + key_head * k_head
+    value += b * v_batch + key_head * v_head
+    query += b * q_batch + row * q_row
+    g += b * g_batch + row * g_row
+    k0, k1 = _both(key, t * k_key, live, k_step, D0, D1, D)
+    if REUSE:
+        v0, v1 = k0, k0
+    else:
+        v0, v1 = _both(value, t * v_key, live, v_step, V0, V1, V)
+    times = factor(scale, SCALE, ACC)
+    by = tl.full((), 1.0, tl.float32)
+    if RANGED:
+        far = tl.zeros((BH,), tl.float32)
+        for h0 in range(0, GROUP, BH):
+            within = h0 + tl.arange(0, BH)
+            far = tl.maximum(far, tl.load(reach + r * H + key_head * GROUP + within, mask=within < GROUP, other=0.0))
+        by = power_of_two(tl.max(far, 0))
+    x0 = tl.zeros((BN, D0), ACC)
+    x1 = tl.zeros((BN, D1 if D1 > 0 else 16), ACC)
+    y0 = tl.zeros((BN, V0), ACC)
+    y1 = tl.zeros((BN, V1 if V1 > 0 else 16), ACC)
+    for h0 in tl.range(0, GROUP, BH, num_stages=STAGES):
+        within = h0 + tl.arange(0, BH)
+        live_heads, heads = within < GROUP, key_head * GROUP + within
+        q0, q1 = _both(query, heads * q_head, live_heads, q_step, D0, D1, D)
+        g0, g1 = _both(g, heads * g_head, live_heads, g_step, V0, V1, V)
+        logs = tl.load(lse + r * H + heads, mask=live_heads, other=0.0)
+        middle = tl.load(mean + r * H + heads, mask=live_heads, other=0.0)
+        s = _products(k0, k1, q0, q1, D1, ACC, UPCAST, PRECISION) * times
+        counts = live[:, None] & live_heads[None, :]
+        p = tl.exp(tl.where(counts, s, float("-inf")) - tl.where(logs == float("-inf"), 0.0, logs)[None, :])
+        if dkeys is not None:
+            ds = _products(v0, v1, g0, g1, V1, ACC, UPCAST, PRECISION) - middle[None, :]
+            if RANGED:
+                ds = ds / by
+            ds = rounded(tl.where(counts, p * ds * times, 0.0), k0.dtype, UPCAST)
+            x0 = product(ds, q0, x0, UPCAST, PRECISION)
+            if D1 > 0:
+                x1 = product(ds, q1, x1, UPCAST, PRECISION)
+        p = rounded(p, k0.dtype, UPCAST)
+        if MERGED:
+            if V0 == D0:
+                x0 = product(p, g0, x0, UPCAST, PRECISION)
+            else:
+                x0 = product(p, matrix(g, heads * g_head, live_heads, g_step, 0, D0, V), x0, UPCAST, PRECISION)
+            if V > D0:
+                x1 = product(p, matrix(g, heads * g_head, live_heads, g_step, D0, D1, V), x1, UPCAST, PRECISION)
+        elif dvalues is not None:
+            y0 = product(p, g0, y0, UPCAST, PRECISION)
+            if V1 > 0:
+                y1 = product(p, g1, y1, UPCAST, PRECISION)
+    rows = (r * tl.num_programs(2) + key_head) * span + (j - first_pick)
+    if dkeys is not None:
+        put(dkeys, rows * D, live, 1, x0 * by, 0, D0, D)
+        if D1 > 0:
+            put(dkeys, rows * D, live, 1, x1 * by, D0, D1, D)
+    if dvalues is not None:
+        put(dvalues, rows * V, live, 1, y0, 0, V0, V)
+        if V1 > 0:
+            put(dvalues, rows * V, live, 1, y1, V0, V1, V)
+
+
+@triton.jit
+def _sinks(dsink, lse, mean, sink, rows, H: tl.constexpr, ROWS: tl.constexpr, HEADS: tl.constexpr):
+    """Add to dsink [H] what a block of rows holds of it: -Σ exp(sink - lse) · mean."""
+    head = tl.program_id(0) * HEADS + tl.arange(0, HEADS)
+    logit = tl.load(sink + head, mask=head < H, other=0.0).to(dsink.dtype.element_ty)
+    sums = tl.zeros((ROWS, HEADS), dsink.dtype.element_ty)
+    for r0 in range(0, rows, ROWS):
+        r = r0 + tl.arange(0, ROWS)
+        at = r.to(tl.int64)[:, None] * H + head[None, :]
+        mask = (r < rows)[:, None] & (head < H)[None, :]
+        logs, middle = tl.load(lse + at, mask=mask, other=0.0), tl.load(mean + at, mask=mask, other=0.0)
+        sums -= tl.where(mask & (logs != float("-inf")), tl.exp(logit[None, :] - logs) * middle, 0.0)
+    total = tl.load(dsink + head, mask=head < H, other=0.0) + tl.sum(sums, 0)
+    tl.store(dsink + head, total, mask=head < H)
+
+
+class AttentionBytes(NamedTuple):
+    """Scratch of a call."""
+
+    forward_bytes: int
+    backward_bytes: int
+
+
+def attention_tile_of(
+    query: Tensor, key: Tensor, value: Tensor | None, indices: Tensor, v_dim: int, gathered: bool
+) -> AttentionBytes:
+    """Return the scratch of a call on batch-first query [b, sq, np, hn], key [b, sk, np_k, hn] and indices."""
+    size = compute_dtype(query.dtype).itemsize
+    backward = _backward_tile(query, key, value, indices, v_dim)
+    sinks = query.shape[2] * size
+    return AttentionBytes(
+        _forward_tile(query, key, indices).settled_bytes, backward.settled_bytes + backward.scatter_bytes + sinks
+    )
+
+
+def sparse_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor | None,
+    sink: Tensor | None,
+    indices: Tensor,
+    start: Tensor | None,
+    end: Tensor | None,
+    offset: int | None,
+    ratio: int,
+    scale: float,
+    v_dim: int,
+    gathered: bool,
+    with_lse: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """As `headfold.backends.eager.sparse_attention`; picks are always gathered."""
+    b, sq, heads, _ = query.shape
+    out = rows_like(query, v_dim)
+    lse = torch.empty(b, heads, sq, dtype=compute_dtype(query.dtype), device=query.device) if with_lse else None
+    if b * sq == 0:
+        return out, lse
+    walk, tile = _forward_tile(query, key, indices), _tile("sparse_attention", query, key, v_dim)
+    picks = Picks(walk, query)
+    values = key if value is None else value
+    grid_heads = key.shape[2] * triton.cdiv(heads // key.shape[2], tile["BH"])
+    for rows in blocks(b * sq, walk.block):
+        if walk.topk:
+            picks.settle(indices, rows, key.shape[1], (start, end, None, offset, ratio))
+        _attend[(rows[1] - rows[0], grid_heads)](
+            out, lse, query, key, values, sink, picks.picks, rows[0], sq, walk.topk, scale,
+            *out.stride(), *query.stride(), *key.stride(), *values.stride(),
+            **_widths(query, key, v_dim, value is None), **tile, **options(query, scale),
+        )  # fmt: skip
+    return out, lse
+
+
+def sparse_attention_backward(
+    g: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor | None,
+    sink: Tensor | None,
+    indices: Tensor,
+    start: Tensor | None,
+    end: Tensor | None,
+    offset: int | None,
+    ratio: int,
+    scale: float,
+    v_dim: int,
+    gathered: bool,
+    needs: tuple[bool, bool, bool, bool],
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    """As `headfold.backends.eager.sparse_attention_backward`; picks are always gathered."""
+    b, sq, heads, _ = query.shape
+    dtype = compute_dtype(query.dtype)
+    dq = torch.empty_like(query) if needs[0] else None
+    dk = heads_apart(key) if needs[1] else None
+    dv = heads_apart(value) if needs[2] and value is not None else None
+    dsink = torch.empty_like(sink) if needs[3] and sink is not None else None
+    walk = _backward_tile(query, key, value, indices, v_dim)
+    if 0 in (b * sq, walk.topk):
+        for x in (dq, dk, dv, dsink):
+            if x is not None:
+                x.zero_()
+    else:
+        s = _Backward(walk, query, key, value, sink, v_dim, scale, dk is not None, dv is not None)
+        totals = [None if x is None or x.dtype == dtype else x.new_empty(x.shape[1:], dtype=dtype) for x in (dk, dv)]
+        for i in range(b):
+            sums = [
+                None if x is None else (x[i] if total is None else total).zero_()
+                for x, total in zip((dk, dv), totals, strict=True)
+            ]
+            for block in blocks(sq, walk.block):
+                rows = i * sq + block[0], i * sq + block[1]
+                s.picks.settle(indices, rows, key.shape[1], (start, end, None, offset, ratio))
+                s.rows(dq, g, rows)
+                if dsink is not None:
+                    s.sinks(rows)
+                s.keys(*sums, g, rows)
+            for x, total in zip((dk, dv), totals, strict=True):
+                if x is not None and total is not None:
+                    x[i] = total
+        if dsink is not None:
+            dsink.copy_(s.dsink)
+    dk, dv = (None if x is None else x.transpose(1, 2) for x in (dk, dv))
+    return dq, dk, dv, dsink
+
+
+class _Backward:
+    """The buffers of a backward walk, and its steps over a block of settled rows."""
+
+    def __init__(
+        self,
+        walk: ScatterTile,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor | None,
+        sink: Tensor | None,
+        v_dim: int,
+        scale: float,
+        want_keys: bool,
+        want_values: bool,
+    ) -> None:
+        dtype, (_, self.sq, heads, _) = compute_dtype(query.dtype), query.shape
+        ranged = query.dtype == torch.float16
+
+        def empty(*shape: int) -> Tensor:
+            return torch.empty(shape, dtype=dtype, device=query.device)
+
+        self.walk, self.query, self.key, self.sink, self.scale = walk, query, key, sink, scale
+        self.values, shared = (key, True) if value is None else (value, False)
+        self.merged = shared and not ranged
+        self.picks, self.scatter = Picks(walk, query), Scatter(walk, query)
+        self.lse, self.mean = empty(walk.block, heads), empty(walk.block, heads)
+        self.reach = empty(walk.block, heads) if ranged else None
+        slab = walk.rows, key.shape[2], walk.span
+        self.dkeys = empty(*slab, query.shape[3]) if want_keys else None
+        apart = want_values or (want_keys and shared and ranged)
+        self.dvalues = empty(*slab, v_dim) if apart else None
+        self.dsink = empty(heads).zero_()
+        self.arithmetic = {**_widths(query, key, v_dim, shared), **options(query, scale)}
+        self.row_tile = _tile("sparse_attention_rows", query, key, v_dim)
+        self.key_tile = _tile("sparse_attention_keys", query, key, v_dim)
+        self.strides = *query.stride(), *key.stride(), *self.values.stride()
+
+    def rows(self, dq: Tensor | None, g: Tensor, rows: tuple[int, int]) -> None:
+        """Make what each row needs, and its dq."""
+        key_heads = self.key.shape[2]
+        grid = rows[1] - rows[0], key_heads * triton.cdiv(self.query.shape[2] // key_heads, self.row_tile["BH"])
+        _row_gradients[grid](
+            dq, self.lse, self.mean, self.reach, g, self.query, self.key, self.values, self.sink, self.picks.picks,
+            rows[0], self.sq, self.walk.topk, self.scale, *strides(dq, 4), *g.stride(), *self.strides,
+            **self.arithmetic, **self.row_tile,
+        )  # fmt: skip
+
+    def sinks(self, rows: tuple[int, int]) -> None:
+        """Add the rows' part of dsink."""
+        heads = self.query.shape[2]
+        _sinks[(triton.cdiv(heads, SINK_HEADS),)](
+            self.dsink, self.lse, self.mean, self.sink, rows[1] - rows[0], H=heads, ROWS=SINK_ROWS, HEADS=SINK_HEADS
+        )
+
+    def keys(self, dk: Tensor | None, dv: Tensor | None, g: Tensor, rows: tuple[int, int]) -> None:
+        """Add the rows' part of dk [np_k, sk, hn] and dv [np_k, sk, v_dim], slab by slab."""
+        if self.dkeys is None and self.dvalues is None:
+            return
+        walk, key_heads = self.walk, self.key.shape[2]
+        for slab in blocks(rows[1] - rows[0], walk.rows):
+            some, count = slice(*slab), slab[1] - slab[0]
+            for span in blocks(walk.topk, walk.span):
+                self.scatter.place(self.picks.picks[some], span)
+                _spread[(count, triton.cdiv(span[1] - span[0], self.key_tile["BN"]), key_heads)](
+                    self.dkeys, self.dvalues, self.lse[some], self.mean[some],
+                    None if self.reach is None else self.reach[some],
+                    g, self.query, self.key, self.values, self.picks.picks[some],
+                    rows[0] + slab[0], *span, self.sq, walk.topk, walk.span, self.scale, *g.stride(), *self.strides,
+                    **self.arithmetic, **self.key_tile, MERGED=self.merged,
+                )  # fmt: skip
+                if dk is not None and self.dkeys is not None:
+                    self.scatter.collect(dk, self.dkeys, count)
+                if self.dvalues is not None:
+                    into = dv if dv is not None else dk
+                    assert into is not None
+                    self.scatter.collect(into[..., : self.dvalues.shape[3]], self.dvalues, count)
+
+
+def _forward_tile(query: Tensor, key: Tensor, indices: Tensor) -> ScatterTile:
+    topk = indices.shape[2] if key.shape[1] else 0
+    return ScatterTile.of(query.shape[0] * query.shape[1], key.shape[1], topk, 1, 4)
+
+
+def _backward_tile(query: Tensor, key: Tensor, value: Tensor | None, indices: Tensor, v_dim: int) -> ScatterTile:
+    _, sq, heads, dim = query.shape
+    sk, key_heads, size = key.shape[1], key.shape[2], compute_dtype(query.dtype).itemsize
+    ranged = query.dtype == torch.float16
+    channels = key_heads * (dim + (0 if value is None and not ranged else v_dim))
+    held = heads * (2 * size + (4 if ranged else 0))
+    return ScatterTile.of(sq, sk, indices.shape[2] if sk else 0, channels, size, held=held)
+
+
+def _widths(query: Tensor, key: Tensor, v_dim: int, shared: bool) -> dict[str, int | bool]:
+    (_, _, heads, dim), (d0, d1), (v0, v1) = query.shape, chunks(query.shape[3]), chunks(v_dim)
+    widths = {"H": heads, "GROUP": heads // key.shape[2], "D": dim, "D0": d0, "D1": d1, "V": v_dim, "V0": v0, "V1": v1}
+    return {**widths, "REUSE": shared and v0 == d0 and v1 == 0}
+
+
+def _tile(kernel: str, query: Tensor, key: Tensor, v_dim: int) -> dict[str, int]:
+    group = query.shape[2] // key.shape[2]
+    heads = max(16, triton.next_power_of_2(group))
+    return {"BH": min(32, heads), "BN": 32, "STAGES": 2, "num_warps": 8 if query.shape[3] > 256 else 4}
