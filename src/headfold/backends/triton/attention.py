@@ -54,25 +54,24 @@ def _picked(picks, j, topk):
 
 
 @triton.jit
-def _begin(sink, heads, live, BH: tl.constexpr, ACC: tl.constexpr):
-    """The largest logit and the sum of a softmax that holds the sink alone, or nothing."""
+def _begin(sink, heads, live, BN: tl.constexpr, BH: tl.constexpr, ACC: tl.constexpr):
+    """The largest logit [BH] and the terms [BN, BH] of a softmax that holds the sink alone, or nothing."""
     if sink is None:
-        return tl.full((BH,), float("-inf"), ACC), tl.zeros((BH,), ACC)
+        return tl.full((BH,), float("-inf"), ACC), tl.zeros((BN, BH), ACC)
     else:
         largest = tl.load(sink + heads, mask=live, other=float("-inf")).to(ACC)
         none = largest == float("-inf")
         base = tl.where(none, 0.0, largest)
-        return largest, tl.where(none, 0.0, tl.exp(base - base))  # NaN where the sink is infinite
+        term = tl.where(none, 0.0, tl.exp(base - base))  # NaN where the sink is infinite
+        return largest, tl.where((tl.arange(0, BN) == 0)[:, None], term[None, :], 0.0)
 
 
 @triton.jit
-def _step(s, largest, total):
-    """Take logits s [BH, BN] into a softmax: p, what its sums shrink by, its largest logit and its sum."""
-    after = tl.maximum(largest, tl.max(s, 1))
+def _step(s, largest):
+    """Take logits s [BN, BH] into a softmax: p, what its sums shrink by, and its largest logit."""
+    after = tl.maximum(largest, tl.max(s, 0))
     base = tl.where(after == float("-inf"), 0.0, after)
-    p = tl.exp(s - base[:, None])
-    shrink = tl.exp(largest - base)
-    return p, shrink, after, total * shrink + tl.sum(p, 1)
+    return tl.exp(s - base[None, :]), tl.exp(largest - base), after
 
 
 @triton.jit
@@ -98,30 +97,34 @@ def _attend(
     value += b * v_batch + key_head * v_head
     q0, q1 = _both(query + b * q_batch + row * q_row, heads * q_head, live_heads, q_step, D0, D1, D)
     times = factor(scale, SCALE, ACC)
-    largest, total = _begin(sink, heads, live_heads, BH, ACC)
-    acc0 = tl.zeros((BH, V0), ACC)
-    acc1 = tl.zeros((BH, V1 if V1 > 0 else 16), ACC)
+    # Terms are added up entry by entry, and over the keys of a block but once, at the end.
+    largest, terms = _begin(sink, heads, live_heads, BN, BH, ACC)
+    acc0 = tl.zeros((V0, BH), ACC)
+    acc1 = tl.zeros((V1 if V1 > 0 else 16, BH), ACC)
     for j0 in tl.range(0, topk, BN, num_stages=STAGES):
         t, live = _picked(picks, j0 + tl.arange(0, BN), topk)
         k0, k1 = _both(key, t * k_key, live, k_step, D0, D1, D)
-        s = _products(q0, q1, k0, k1, D1, ACC, UPCAST, PRECISION) * times
-        s = tl.where(live[None, :], s, float("-inf"))
-        p, shrink, largest, total = _step(s, largest, total)
+        s = _products(k0, k1, q0, q1, D1, ACC, UPCAST, PRECISION) * times
+        p, shrink, largest = _step(tl.where(live[:, None], s, float("-inf")), largest)
+        terms = terms * shrink[None, :] + p
         p = rounded(p, k0.dtype, UPCAST)
         if REUSE:
             v0 = k0
         else:
             v0 = matrix(value, t * v_key, live, v_step, 0, V0, V)
-        acc0 = product(p, v0, acc0 * shrink[:, None], UPCAST, PRECISION)
+        acc0 = product(tl.trans(v0), p, acc0 * shrink[None, :], UPCAST, PRECISION)
         if V1 > 0:
             v1 = matrix(value, t * v_key, live, v_step, V0, V1, V)
-            acc1 = product(p, v1, acc1 * shrink[:, None], UPCAST, PRECISION)
+            acc1 = product(tl.trans(v1), p, acc1 * shrink[None, :], UPCAST, PRECISION)
+    total = tl.sum(terms, 0)
     # Not whether it is above zero: NaN has to stay.
-    share = tl.where(total == 0, 0.0, 1.0 / tl.where(total == 0, 1.0, total))[:, None]
+    share = tl.where(total == 0, 0.0, 1.0 / tl.where(total == 0, 1.0, total))[None, :]
     out += b * out_batch + row * out_row
-    put(out, heads * out_head, live_heads, out_step, rounded(acc0 * share, out.dtype.element_ty, UPCAST), 0, V0, V)
+    x0 = tl.trans(rounded(acc0 * share, out.dtype.element_ty, UPCAST))
+    put(out, heads * out_head, live_heads, out_step, x0, 0, V0, V)
     if V1 > 0:
-        put(out, heads * out_head, live_heads, out_step, rounded(acc1 * share, out.dtype.element_ty, UPCAST), V0, V1, V)
+        x1 = tl.trans(rounded(acc1 * share, out.dtype.element_ty, UPCAST))
+        put(out, heads * out_head, live_heads, out_step, x1, V0, V1, V)
     if lse is not None:
         logs = tl.where(total == 0, float("-inf"), largest + tl.log(tl.where(total == 0, 1.0, total)))
         tl.store(lse + (b * H + heads) * sq + row, logs, mask=live_heads)
@@ -154,8 +157,8 @@ def _row_gradients(
     q0, q1 = _both(query + b * q_batch + row * q_row, heads * q_head, live_heads, q_step, D0, D1, D)
     g0, g1 = _both(g + b * g_batch + row * g_row, heads * g_head, live_heads, g_step, V0, V1, V)
     times = factor(scale, SCALE, ACC)
-    largest, total = _begin(sink, heads, live_heads, BH, ACC)
-    middle = tl.zeros((BH,), ACC)
+    largest, terms = _begin(sink, heads, live_heads, BN, BH, ACC)
+    middles = tl.zeros((BN, BH), ACC)
     far = tl.zeros((BH,), tl.float32)
     for j0 in tl.range(0, topk, BN, num_stages=STAGES):
         t, live = _picked(picks, j0 + tl.arange(0, BN), topk)
@@ -164,24 +167,25 @@ def _row_gradients(
             v0, v1 = k0, k0
         else:
             v0, v1 = _both(value, t * v_key, live, v_step, V0, V1, V)
-        s = _products(q0, q1, k0, k1, D1, ACC, UPCAST, PRECISION) * times
-        dp = _products(g0, g1, v0, v1, V1, ACC, UPCAST, PRECISION)
-        s = tl.where(live[None, :], s, float("-inf"))
-        p, shrink, largest, total = _step(s, largest, total)
-        middle = middle * shrink + tl.sum(tl.where(live[None, :], p * dp, 0.0), 1)
+        s = _products(k0, k1, q0, q1, D1, ACC, UPCAST, PRECISION) * times
+        dp = _products(v0, v1, g0, g1, V1, ACC, UPCAST, PRECISION)
+        p, shrink, largest = _step(tl.where(live[:, None], s, float("-inf")), largest)
+        terms = terms * shrink[None, :] + p
+        middles = middles * shrink[None, :] + tl.where(live[:, None], p * dp, 0.0)
         if RANGED:
-            far = tl.maximum(far, tl.max(tl.where(live[None, :], tl.abs(dp), 0.0), 1))
+            far = tl.maximum(far, tl.max(tl.where(live[:, None], tl.abs(dp), 0.0), 0))
+    total = tl.sum(terms, 0)
     logs = tl.where(total == 0, float("-inf"), largest + tl.log(tl.where(total == 0, 1.0, total)))
     tl.store(lse + r * H + heads, logs, mask=live_heads)
-    middle = tl.where(total == 0, 0.0, middle / tl.where(total == 0, 1.0, total))
+    middle = tl.where(total == 0, 0.0, tl.sum(middles, 0) / tl.where(total == 0, 1.0, total))
     logs = tl.where(total == 0, 0.0, logs)
     tl.store(mean + r * H + heads, middle, mask=live_heads)
     if RANGED:
         tl.store(reach + r * H + heads, far, mask=live_heads)
     if dq is not None:
-        by = power_of_two(far)
-        acc0 = tl.zeros((BH, D0), ACC)
-        acc1 = tl.zeros((BH, D1 if D1 > 0 else 16), ACC)
+        by = power_of_two(far)[None, :]
+        acc0 = tl.zeros((D0, BH), ACC)
+        acc1 = tl.zeros((D1 if D1 > 0 else 16, BH), ACC)
         for j0 in tl.range(0, topk, BN, num_stages=STAGES):
             t, live = _picked(picks, j0 + tl.arange(0, BN), topk)
             k0, k1 = _both(key, t * k_key, live, k_step, D0, D1, D)
@@ -189,24 +193,32 @@ def _row_gradients(
                 v0, v1 = k0, k0
             else:
                 v0, v1 = _both(value, t * v_key, live, v_step, V0, V1, V)
-            s = _products(q0, q1, k0, k1, D1, ACC, UPCAST, PRECISION) * times
-            p = tl.exp(tl.where(live[None, :], s, float("-inf")) - logs[:, None])
-            ds = _products(g0, g1, v0, v1, V1, ACC, UPCAST, PRECISION) - middle[:, None]
+            s = _products(k0, k1, q0, q1, D1, ACC, UPCAST, PRECISION) * times
+            p = tl.exp(tl.where(live[:, None], s, float("-inf")) - logs[None, :])
+            ds = _products(v0, v1, g0, g1, V1, ACC, UPCAST, PRECISION) - middle[None, :]
             if RANGED:
-                ds = ds / by[:, None]
-            ds = tl.where(live[None, :], p * ds, 0.0)
-            ds = rounded(ds, k0.dtype, UPCAST)
-            acc0 = product(ds, k0, acc0, UPCAST, PRECISION)
+                ds = ds / by
+            ds = rounded(tl.where(live[:, None], p * ds, 0.0), k0.dtype, UPCAST)
+            acc0 = product(tl.trans(k0), ds, acc0, UPCAST, PRECISION)
             if D1 > 0:
-                acc1 = product(ds, k1, acc1, UPCAST, PRECISION)
+                acc1 = product(tl.trans(k1), ds, acc1, UPCAST, PRECISION)
         if RANGED:
-            acc0, acc1 = acc0 * by[:, None], acc1 * by[:, None]
+            acc0, acc1 = acc0 * by, acc1 * by
         dq += b * dq_batch + row * dq_row
-        x0 = rounded(acc0 * times, dq.dtype.element_ty, UPCAST)
+        x0 = tl.trans(rounded(acc0 * times, dq.dtype.element_ty, UPCAST))
         put(dq, heads * dq_head, live_heads, dq_step, x0, 0, D0, D)
         if D1 > 0:
-            x1 = rounded(acc1 * times, dq.dtype.element_ty, UPCAST)
+            x1 = tl.trans(rounded(acc1 * times, dq.dtype.element_ty, UPCAST))
             put(dq, heads * dq_head, live_heads, dq_step, x1, D0, D1, D)
+
+
+@triton.jit
+def _onto(a, x, acc, TURNED: tl.constexpr, UPCAST: tl.constexpr, PRECISION: tl.constexpr):
+    """acc [BN, d] + a [BN, BH] · x [BH, d]; all but x transposed where TURNED, so that channels are the long side."""
+    if TURNED:
+        return product(tl.trans(x), a, acc, UPCAST, PRECISION)
+    else:
+        return product(a, x, acc, UPCAST, PRECISION)
 
 
 @triton.jit
@@ -217,12 +229,13 @@ def _spread(
     k_batch, k_key, k_head, k_step, v_batch, v_key, v_head, v_step,
     H: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr,
     V: tl.constexpr, V0: tl.constexpr, V1: tl.constexpr, REUSE: tl.constexpr, MERGED: tl.constexpr,
-    BH: tl.constexpr, BN: tl.constexpr, STAGES: tl.constexpr,
+    TURNED: tl.constexpr, BH: tl.constexpr, BN: tl.constexpr, STAGES: tl.constexpr,
     SCALE: tl.constexpr, ACC: tl.constexpr, UPCAST: tl.constexpr, PRECISION: tl.constexpr, RANGED: tl.constexpr,
 ):  # fmt: skip
     """Gradients of some settled picks of one row and one key head, through its keys and its values.
 
     MERGED: whether values are channels of the keys, and their gradients are added to those; else dvalues holds them.
+    TURNED: whether heads, not keys, are the long side of the logits, and channels that of the gradients.
     """
     r = tl.program_id(0).to(tl.int64)
     b, row = (first_row + r) // sq, (first_row + r) % sq
@@ -246,45 +259,59 @@ def _spread(
             within = h0 + tl.arange(0, BH)
             far = tl.maximum(far, tl.load(reach + r * H + key_head * GROUP + within, mask=within < GROUP, other=0.0))
         by = power_of_two(tl.max(far, 0))
-    x0 = tl.zeros((BN, D0), ACC)
-    x1 = tl.zeros((BN, D1 if D1 > 0 else 16), ACC)
-    y0 = tl.zeros((BN, V0), ACC)
-    y1 = tl.zeros((BN, V1 if V1 > 0 else 16), ACC)
+    x0 = tl.zeros((D0, BN) if TURNED else (BN, D0), ACC)
+    x1 = tl.zeros((D1 if D1 > 0 else 16, BN) if TURNED else (BN, D1 if D1 > 0 else 16), ACC)
+    y0 = tl.zeros((V0, BN) if TURNED else (BN, V0), ACC)
+    y1 = tl.zeros((V1 if V1 > 0 else 16, BN) if TURNED else (BN, V1 if V1 > 0 else 16), ACC)
     for h0 in tl.range(0, GROUP, BH, num_stages=STAGES):
         within = h0 + tl.arange(0, BH)
         live_heads, heads = within < GROUP, key_head * GROUP + within
         q0, q1 = _both(query, heads * q_head, live_heads, q_step, D0, D1, D)
         g0, g1 = _both(g, heads * g_head, live_heads, g_step, V0, V1, V)
         logs = tl.load(lse + r * H + heads, mask=live_heads, other=0.0)
+        logs = tl.where(logs == float("-inf"), 0.0, logs)
         middle = tl.load(mean + r * H + heads, mask=live_heads, other=0.0)
-        s = _products(k0, k1, q0, q1, D1, ACC, UPCAST, PRECISION) * times
-        counts = live[:, None] & live_heads[None, :]
-        p = tl.exp(tl.where(counts, s, float("-inf")) - tl.where(logs == float("-inf"), 0.0, logs)[None, :])
+        if TURNED:
+            s = _products(q0, q1, k0, k1, D1, ACC, UPCAST, PRECISION) * times
+            counts, logs, middle = live_heads[:, None] & live[None, :], logs[:, None], middle[:, None]
+        else:
+            s = _products(k0, k1, q0, q1, D1, ACC, UPCAST, PRECISION) * times
+            counts, logs, middle = live[:, None] & live_heads[None, :], logs[None, :], middle[None, :]
+        p = tl.exp(tl.where(counts, s, float("-inf")) - logs)
         if dkeys is not None:
-            ds = _products(v0, v1, g0, g1, V1, ACC, UPCAST, PRECISION) - middle[None, :]
+            if TURNED:
+                ds = _products(g0, g1, v0, v1, V1, ACC, UPCAST, PRECISION) - middle
+            else:
+                ds = _products(v0, v1, g0, g1, V1, ACC, UPCAST, PRECISION) - middle
             if RANGED:
                 ds = ds / by
             ds = rounded(tl.where(counts, p * ds * times, 0.0), k0.dtype, UPCAST)
-            x0 = product(ds, q0, x0, UPCAST, PRECISION)
+            x0 = _onto(ds, q0, x0, TURNED, UPCAST, PRECISION)
             if D1 > 0:
-                x1 = product(ds, q1, x1, UPCAST, PRECISION)
+                x1 = _onto(ds, q1, x1, TURNED, UPCAST, PRECISION)
         p = rounded(p, k0.dtype, UPCAST)
         if MERGED:
             if V0 == D0:
-                x0 = product(p, g0, x0, UPCAST, PRECISION)
+                x0 = _onto(p, g0, x0, TURNED, UPCAST, PRECISION)
             else:
-                x0 = product(p, matrix(g, heads * g_head, live_heads, g_step, 0, D0, V), x0, UPCAST, PRECISION)
+                wide = matrix(g, heads * g_head, live_heads, g_step, 0, D0, V)
+                x0 = _onto(p, wide, x0, TURNED, UPCAST, PRECISION)
             if V > D0:
-                x1 = product(p, matrix(g, heads * g_head, live_heads, g_step, D0, D1, V), x1, UPCAST, PRECISION)
+                rest = matrix(g, heads * g_head, live_heads, g_step, D0, D1, V)
+                x1 = _onto(p, rest, x1, TURNED, UPCAST, PRECISION)
         elif dvalues is not None:
-            y0 = product(p, g0, y0, UPCAST, PRECISION)
+            y0 = _onto(p, g0, y0, TURNED, UPCAST, PRECISION)
             if V1 > 0:
-                y1 = product(p, g1, y1, UPCAST, PRECISION)
+                y1 = _onto(p, g1, y1, TURNED, UPCAST, PRECISION)
     rows = (r * tl.num_programs(2) + key_head) * span + (j - first_pick)
+    if RANGED:
+        x0, x1 = x0 * by, x1 * by
+    if TURNED:
+        x0, x1, y0, y1 = tl.trans(x0), tl.trans(x1), tl.trans(y0), tl.trans(y1)
     if dkeys is not None:
-        put(dkeys, rows * D, live, 1, x0 * by, 0, D0, D)
+        put(dkeys, rows * D, live, 1, x0, 0, D0, D)
         if D1 > 0:
-            put(dkeys, rows * D, live, 1, x1 * by, D0, D1, D)
+            put(dkeys, rows * D, live, 1, x1, D0, D1, D)
     if dvalues is not None:
         put(dvalues, rows * V, live, 1, y0, 0, V0, V)
         if V1 > 0:
@@ -482,7 +509,7 @@ class _Backward:
                     None if self.reach is None else self.reach[some],
                     g, self.query, self.key, self.values, self.picks.picks[some],
                     rows[0] + slab[0], *span, self.sq, walk.topk, walk.span, self.scale, *g.stride(), *self.strides,
-                    **self.arithmetic, **self.key_tile, MERGED=self.merged,
+                    **self.arithmetic, **self.key_tile, MERGED=self.merged, TURNED=self.key_tile["BH"] >= 64,
                 )  # fmt: skip
                 if dk is not None and self.dkeys is not None:
                     self.scatter.collect(dk, self.dkeys, count)
