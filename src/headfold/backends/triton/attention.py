@@ -21,28 +21,103 @@ from headfold.contract import compute_dtype
 from headfold.scatter_tiles import ScatterTile
 from headfold.tiles import blocks
 
+# Channels of a block at most.
+WIDEST = 128
 SINK_ROWS, SINK_HEADS = 64, 16
 
 
 @triton.jit
-def _both(
-    x, rows, live, step, FIRST: tl.constexpr, SECOND: tl.constexpr, WIDTH: tl.constexpr,
+def _parts(
+    x, rows, live, step, SIZE: tl.constexpr, COUNT: tl.constexpr, REST: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
-    """Load the two blocks of channels of some rows; the first again where there is no second."""
-    x0 = matrix(x, rows, live, step, 0, FIRST, WIDTH)
-    if SECOND > 0:
-        return x0, matrix(x, rows, live, step, FIRST, SECOND, WIDTH)
-    else:
-        return x0, x0
+    """Load the blocks of channels of some rows: COUNT of SIZE, and one of REST unless that is 0.
+
+    Several narrow blocks, not one wide: a thread then has few rows, whose addresses its registers hold, in each.
+    """
+    parts = ()
+    for i in tl.static_range(COUNT):
+        parts = parts + (matrix(x, rows, live, step, i * SIZE, SIZE, WIDTH),)
+    if REST > 0:
+        parts = parts + (matrix(x, rows, live, step, COUNT * SIZE, REST, WIDTH),)
+    return parts
 
 
 @triton.jit
-def _products(a0, a1, b0, b1, SECOND: tl.constexpr, ACC: tl.constexpr, UPCAST: tl.constexpr, PRECISION: tl.constexpr):
-    """a · bᵀ over the one or two blocks of channels."""
-    x = product(a0, tl.trans(b0), tl.zeros((a0.shape[0], b0.shape[0]), ACC), UPCAST, PRECISION)
-    if SECOND > 0:
-        x = product(a1, tl.trans(b1), x, UPCAST, PRECISION)
+def _store(x, rows, live, step, parts, SIZE: tl.constexpr, COUNT: tl.constexpr, REST: tl.constexpr, WIDTH: tl.constexpr,
+           UPCAST: tl.constexpr, TURNED: tl.constexpr):  # fmt: skip
+    """Store blocks of channels [rows, SIZE], or transposed where TURNED, as `_parts` loads them."""
+    for i in tl.static_range(COUNT):
+        y = rounded(parts[i], x.dtype.element_ty, UPCAST)
+        put(x, rows, live, step, tl.trans(y) if TURNED else y, i * SIZE, SIZE, WIDTH)
+    if REST > 0:
+        y = rounded(parts[COUNT], x.dtype.element_ty, UPCAST)
+        put(x, rows, live, step, tl.trans(y) if TURNED else y, COUNT * SIZE, REST, WIDTH)
+
+
+@triton.jit
+def _zeros(ROWS: tl.constexpr, SIZE: tl.constexpr, COUNT: tl.constexpr, REST: tl.constexpr, ACC: tl.constexpr,
+           TURNED: tl.constexpr):  # fmt: skip
+    """Sums for blocks of channels: [ROWS, SIZE] each, or transposed where TURNED."""
+    parts = ()
+    for _ in tl.static_range(COUNT):
+        parts = parts + (tl.zeros((SIZE, ROWS) if TURNED else (ROWS, SIZE), ACC),)
+    if REST > 0:
+        parts = parts + (tl.zeros((REST, ROWS) if TURNED else (ROWS, REST), ACC),)
+    return parts
+
+
+@triton.jit
+def _times(parts, factor, PARTS: tl.constexpr):
+    """Every part times a factor that broadcasts to it."""
+    scaled = ()
+    for i in tl.static_range(PARTS):
+        scaled = scaled + (parts[i] * factor,)
+    return scaled
+
+
+@triton.jit
+def _products(a, b, PARTS: tl.constexpr, ACC: tl.constexpr, UPCAST: tl.constexpr, PRECISION: tl.constexpr):
+    """a · bᵀ over their blocks of channels."""
+    x = tl.zeros((a[0].shape[0], b[0].shape[0]), ACC)
+    for i in tl.static_range(PARTS):
+        x = product(a[i], tl.trans(b[i]), x, UPCAST, PRECISION)
     return x
+
+
+@triton.jit
+def _meet(
+    a, x, rows, live, step, SIZE: tl.constexpr, COUNT: tl.constexpr, REST: tl.constexpr, WIDTH: tl.constexpr,
+    TURNED: tl.constexpr, ACC: tl.constexpr, UPCAST: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Load blocks of channels of x, and a · xᵀ with them, x · aᵀ where TURNED: block by block, for registers' sake."""
+    parts = ()
+    if TURNED:
+        s = tl.zeros((rows.shape[0], a[0].shape[0]), ACC)
+    else:
+        s = tl.zeros((a[0].shape[0], rows.shape[0]), ACC)
+    for i in tl.static_range(COUNT + (REST > 0)):
+        if i < COUNT:
+            part = matrix(x, rows, live, step, i * SIZE, SIZE, WIDTH)
+        else:
+            part = matrix(x, rows, live, step, COUNT * SIZE, REST, WIDTH)
+        if TURNED:
+            s = product(part, tl.trans(a[i]), s, UPCAST, PRECISION)
+        else:
+            s = product(a[i], tl.trans(part), s, UPCAST, PRECISION)
+        parts = parts + (part,)
+    return s, parts
+
+
+@triton.jit
+def _onto(a, x, sums, PARTS: tl.constexpr, TURNED: tl.constexpr, UPCAST: tl.constexpr, PRECISION: tl.constexpr):
+    """sums + a [n, m] · x [m, d] by blocks of channels; where TURNED sums + xᵀ · a, with a [m, n]."""
+    more = ()
+    for i in tl.static_range(PARTS):
+        if TURNED:
+            more = more + (product(tl.trans(x[i]), a, sums[i], UPCAST, PRECISION),)
+        else:
+            more = more + (product(a, x[i], sums[i], UPCAST, PRECISION),)
+    return more
 
 
 @triton.jit
@@ -80,8 +155,9 @@ def _attend(
     first_row, sq, topk, scale,
     out_batch, out_row, out_head, out_step, q_batch, q_row, q_head, q_step,
     k_batch, k_key, k_head, k_step, v_batch, v_key, v_head, v_step,
-    H: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr,
-    V: tl.constexpr, V0: tl.constexpr, V1: tl.constexpr, REUSE: tl.constexpr,
+    H: tl.constexpr, GROUP: tl.constexpr,
+    D: tl.constexpr, DS: tl.constexpr, DN: tl.constexpr, DR: tl.constexpr, DP: tl.constexpr,
+    V: tl.constexpr, VS: tl.constexpr, VN: tl.constexpr, VR: tl.constexpr, VP: tl.constexpr, REUSE: tl.constexpr,
     BH: tl.constexpr, BN: tl.constexpr, STAGES: tl.constexpr,
     SCALE: tl.constexpr, ACC: tl.constexpr, UPCAST: tl.constexpr, PRECISION: tl.constexpr, RANGED: tl.constexpr,
 ):  # fmt: skip
@@ -95,36 +171,29 @@ def _attend(
     picks += r * topk
     key += b * k_batch + key_head * k_head
     value += b * v_batch + key_head * v_head
-    q0, q1 = _both(query + b * q_batch + row * q_row, heads * q_head, live_heads, q_step, D0, D1, D)
+    q = _parts(query + b * q_batch + row * q_row, heads * q_head, live_heads, q_step, DS, DN, DR, D)
     times = factor(scale, SCALE, ACC)
     # Terms are added up entry by entry, and over the keys of a block but once, at the end.
     largest, terms = _begin(sink, heads, live_heads, BN, BH, ACC)
-    acc0 = tl.zeros((V0, BH), ACC)
-    acc1 = tl.zeros((V1 if V1 > 0 else 16, BH), ACC)
+    acc = _zeros(BH, VS, VN, VR, ACC, True)
     for j0 in tl.range(0, topk, BN, num_stages=STAGES):
         t, live = _picked(picks, j0 + tl.arange(0, BN), topk)
-        k0, k1 = _both(key, t * k_key, live, k_step, D0, D1, D)
-        s = _products(k0, k1, q0, q1, D1, ACC, UPCAST, PRECISION) * times
+        k = _parts(key, t * k_key, live, k_step, DS, DN, DR, D)
+        s = _products(k, q, DP, ACC, UPCAST, PRECISION) * times
         p, shrink, largest = _step(tl.where(live[:, None], s, float("-inf")), largest)
         terms = terms * shrink[None, :] + p
-        p = rounded(p, k0.dtype, UPCAST)
+        p = rounded(p, key.dtype.element_ty, UPCAST)
         if REUSE:
-            v0 = k0
+            v = k
         else:
-            v0 = matrix(value, t * v_key, live, v_step, 0, V0, V)
-        acc0 = product(tl.trans(v0), p, acc0 * shrink[None, :], UPCAST, PRECISION)
-        if V1 > 0:
-            v1 = matrix(value, t * v_key, live, v_step, V0, V1, V)
-            acc1 = product(tl.trans(v1), p, acc1 * shrink[None, :], UPCAST, PRECISION)
+            v = _parts(value, t * v_key, live, v_step, VS, VN, VR, V)
+        acc = _onto(p, v, _times(acc, shrink[None, :], VP), VP, True, UPCAST, PRECISION)
     total = tl.sum(terms, 0)
     # Not whether it is above zero: NaN has to stay.
     share = tl.where(total == 0, 0.0, 1.0 / tl.where(total == 0, 1.0, total))[None, :]
     out += b * out_batch + row * out_row
-    x0 = tl.trans(rounded(acc0 * share, out.dtype.element_ty, UPCAST))
-    put(out, heads * out_head, live_heads, out_step, x0, 0, V0, V)
-    if V1 > 0:
-        x1 = tl.trans(rounded(acc1 * share, out.dtype.element_ty, UPCAST))
-        put(out, heads * out_head, live_heads, out_step, x1, V0, V1, V)
+    acc = _times(acc, share, VP)
+    _store(out, heads * out_head, live_heads, out_step, acc, VS, VN, VR, V, UPCAST, True)
     if lse is not None:
         logs = tl.where(total == 0, float("-inf"), largest + tl.log(tl.where(total == 0, 1.0, total)))
         tl.store(lse + (b * H + heads) * sq + row, logs, mask=live_heads)
@@ -136,8 +205,9 @@ def _row_gradients(
     first_row, sq, topk, scale,
     dq_batch, dq_row, dq_head, dq_step, g_batch, g_row, g_head, g_step, q_batch, q_row, q_head, q_step,
     k_batch, k_key, k_head, k_step, v_batch, v_key, v_head, v_step,
-    H: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr,
-    V: tl.constexpr, V0: tl.constexpr, V1: tl.constexpr, REUSE: tl.constexpr,
+    H: tl.constexpr, GROUP: tl.constexpr,
+    D: tl.constexpr, DS: tl.constexpr, DN: tl.constexpr, DR: tl.constexpr, DP: tl.constexpr,
+    V: tl.constexpr, VS: tl.constexpr, VN: tl.constexpr, VR: tl.constexpr, VP: tl.constexpr, REUSE: tl.constexpr,
     BH: tl.constexpr, BN: tl.constexpr, STAGES: tl.constexpr,
     SCALE: tl.constexpr, ACC: tl.constexpr, UPCAST: tl.constexpr, PRECISION: tl.constexpr, RANGED: tl.constexpr,
 ):  # fmt: skip
@@ -154,21 +224,21 @@ def _row_gradients(
     picks += r * topk
     key += b * k_batch + key_head * k_head
     value += b * v_batch + key_head * v_head
-    q0, q1 = _both(query + b * q_batch + row * q_row, heads * q_head, live_heads, q_step, D0, D1, D)
-    g0, g1 = _both(g + b * g_batch + row * g_row, heads * g_head, live_heads, g_step, V0, V1, V)
+    q = _parts(query + b * q_batch + row * q_row, heads * q_head, live_heads, q_step, DS, DN, DR, D)
+    dout = _parts(g + b * g_batch + row * g_row, heads * g_head, live_heads, g_step, VS, VN, VR, V)
     times = factor(scale, SCALE, ACC)
     largest, terms = _begin(sink, heads, live_heads, BN, BH, ACC)
     middles = tl.zeros((BN, BH), ACC)
     far = tl.zeros((BH,), tl.float32)
     for j0 in tl.range(0, topk, BN, num_stages=STAGES):
         t, live = _picked(picks, j0 + tl.arange(0, BN), topk)
-        k0, k1 = _both(key, t * k_key, live, k_step, D0, D1, D)
+        k = _parts(key, t * k_key, live, k_step, DS, DN, DR, D)
         if REUSE:
-            v0, v1 = k0, k0
+            v = k
         else:
-            v0, v1 = _both(value, t * v_key, live, v_step, V0, V1, V)
-        s = _products(k0, k1, q0, q1, D1, ACC, UPCAST, PRECISION) * times
-        dp = _products(v0, v1, g0, g1, V1, ACC, UPCAST, PRECISION)
+            v = _parts(value, t * v_key, live, v_step, VS, VN, VR, V)
+        s = _products(k, q, DP, ACC, UPCAST, PRECISION) * times
+        dp = _products(v, dout, VP, ACC, UPCAST, PRECISION)
         p, shrink, largest = _step(tl.where(live[:, None], s, float("-inf")), largest)
         terms = terms * shrink[None, :] + p
         middles = middles * shrink[None, :] + tl.where(live[:, None], p * dp, 0.0)
@@ -184,51 +254,37 @@ def _row_gradients(
         tl.store(reach + r * H + heads, far, mask=live_heads)
     if dq is not None:
         by = power_of_two(far)[None, :]
-        acc0 = tl.zeros((D0, BH), ACC)
-        acc1 = tl.zeros((D1 if D1 > 0 else 16, BH), ACC)
+        acc = _zeros(BH, DS, DN, DR, ACC, True)
         for j0 in tl.range(0, topk, BN, num_stages=STAGES):
             t, live = _picked(picks, j0 + tl.arange(0, BN), topk)
-            k0, k1 = _both(key, t * k_key, live, k_step, D0, D1, D)
+            k = _parts(key, t * k_key, live, k_step, DS, DN, DR, D)
             if REUSE:
-                v0, v1 = k0, k0
+                v = k
             else:
-                v0, v1 = _both(value, t * v_key, live, v_step, V0, V1, V)
-            s = _products(k0, k1, q0, q1, D1, ACC, UPCAST, PRECISION) * times
+                v = _parts(value, t * v_key, live, v_step, VS, VN, VR, V)
+            s = _products(k, q, DP, ACC, UPCAST, PRECISION) * times
             p = tl.exp(tl.where(live[:, None], s, float("-inf")) - logs[None, :])
-            ds = _products(v0, v1, g0, g1, V1, ACC, UPCAST, PRECISION) - middle[None, :]
+            ds = _products(v, dout, VP, ACC, UPCAST, PRECISION) - middle[None, :]
             if RANGED:
                 ds = ds / by
-            ds = rounded(tl.where(live[:, None], p * ds, 0.0), k0.dtype, UPCAST)
-            acc0 = product(tl.trans(k0), ds, acc0, UPCAST, PRECISION)
-            if D1 > 0:
-                acc1 = product(tl.trans(k1), ds, acc1, UPCAST, PRECISION)
+            ds = rounded(tl.where(live[:, None], p * ds, 0.0), key.dtype.element_ty, UPCAST)
+            acc = _onto(ds, k, acc, DP, True, UPCAST, PRECISION)
         if RANGED:
-            acc0, acc1 = acc0 * by, acc1 * by
+            acc = _times(acc, by, DP)
         dq += b * dq_batch + row * dq_row
-        x0 = tl.trans(rounded(acc0 * times, dq.dtype.element_ty, UPCAST))
-        put(dq, heads * dq_head, live_heads, dq_step, x0, 0, D0, D)
-        if D1 > 0:
-            x1 = tl.trans(rounded(acc1 * times, dq.dtype.element_ty, UPCAST))
-            put(dq, heads * dq_head, live_heads, dq_step, x1, D0, D1, D)
-
-
-@triton.jit
-def _onto(a, x, acc, TURNED: tl.constexpr, UPCAST: tl.constexpr, PRECISION: tl.constexpr):
-    """acc [BN, d] + a [BN, BH] · x [BH, d]; all but x transposed where TURNED, so that channels are the long side."""
-    if TURNED:
-        return product(tl.trans(x), a, acc, UPCAST, PRECISION)
-    else:
-        return product(a, x, acc, UPCAST, PRECISION)
+        acc = _times(acc, times, DP)
+        _store(dq, heads * dq_head, live_heads, dq_step, acc, DS, DN, DR, D, UPCAST, True)
 
 
 @triton.jit
 def _spread(
     dkeys, dvalues, lse, mean, reach, g, query, key, value, picks,
-    first_row, first_pick, last_pick, sq, topk, span, scale,
+    first_row, first_pick, last_pick, sq, topk, span, group, scale,
     g_batch, g_row, g_head, g_step, q_batch, q_row, q_head, q_step,
     k_batch, k_key, k_head, k_step, v_batch, v_key, v_head, v_step,
-    H: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr,
-    V: tl.constexpr, V0: tl.constexpr, V1: tl.constexpr, REUSE: tl.constexpr, MERGED: tl.constexpr,
+    H: tl.constexpr, GROUP: tl.constexpr,
+    D: tl.constexpr, DS: tl.constexpr, DN: tl.constexpr, DR: tl.constexpr, DP: tl.constexpr,
+    V: tl.constexpr, VS: tl.constexpr, VN: tl.constexpr, VR: tl.constexpr, VP: tl.constexpr, REUSE: tl.constexpr, MERGED: tl.constexpr,
     TURNED: tl.constexpr, BH: tl.constexpr, BN: tl.constexpr, STAGES: tl.constexpr,
     SCALE: tl.constexpr, ACC: tl.constexpr, UPCAST: tl.constexpr, PRECISION: tl.constexpr, RANGED: tl.constexpr,
 ):  # fmt: skip
@@ -246,11 +302,11 @@ def _spread(
     value += b * v_batch + key_head * v_head
     query += b * q_batch + row * q_row
     g += b * g_batch + row * g_row
-    k0, k1 = _both(key, t * k_key, live, k_step, D0, D1, D)
+    k = _parts(key, t * k_key, live, k_step, DS, DN, DR, D)
     if REUSE:
-        v0, v1 = k0, k0
+        v = k
     else:
-        v0, v1 = _both(value, t * v_key, live, v_step, V0, V1, V)
+        v = _parts(value, t * v_key, live, v_step, VS, VN, VR, V)
     times = factor(scale, SCALE, ACC)
     by = tl.full((), 1.0, tl.float32)
     if RANGED:
@@ -259,63 +315,43 @@ def _spread(
             within = h0 + tl.arange(0, BH)
             far = tl.maximum(far, tl.load(reach + r * H + key_head * GROUP + within, mask=within < GROUP, other=0.0))
         by = power_of_two(tl.max(far, 0))
-    x0 = tl.zeros((D0, BN) if TURNED else (BN, D0), ACC)
-    x1 = tl.zeros((D1 if D1 > 0 else 16, BN) if TURNED else (BN, D1 if D1 > 0 else 16), ACC)
-    y0 = tl.zeros((V0, BN) if TURNED else (BN, V0), ACC)
-    y1 = tl.zeros((V1 if V1 > 0 else 16, BN) if TURNED else (BN, V1 if V1 > 0 else 16), ACC)
-    for h0 in tl.range(0, GROUP, BH, num_stages=STAGES):
+    x, y = _zeros(BN, DS, DN, DR, ACC, TURNED), _zeros(BN, VS, VN, VR, ACC, TURNED)
+    # Up to a number that the compiler does not know: it would unroll the loop, and spill.
+    for h0 in tl.range(0, group, BH, num_stages=STAGES):
         within = h0 + tl.arange(0, BH)
         live_heads, heads = within < GROUP, key_head * GROUP + within
-        q0, q1 = _both(query, heads * q_head, live_heads, q_step, D0, D1, D)
-        g0, g1 = _both(g, heads * g_head, live_heads, g_step, V0, V1, V)
+        s, q = _meet(k, query, heads * q_head, live_heads, q_step, DS, DN, DR, D, TURNED, ACC, UPCAST, PRECISION)
+        dp, dout = _meet(v, g, heads * g_head, live_heads, g_step, VS, VN, VR, V, TURNED, ACC, UPCAST, PRECISION)
         logs = tl.load(lse + r * H + heads, mask=live_heads, other=0.0)
         logs = tl.where(logs == float("-inf"), 0.0, logs)
         middle = tl.load(mean + r * H + heads, mask=live_heads, other=0.0)
         if TURNED:
-            s = _products(q0, q1, k0, k1, D1, ACC, UPCAST, PRECISION) * times
             counts, logs, middle = live_heads[:, None] & live[None, :], logs[:, None], middle[:, None]
         else:
-            s = _products(k0, k1, q0, q1, D1, ACC, UPCAST, PRECISION) * times
             counts, logs, middle = live[:, None] & live_heads[None, :], logs[None, :], middle[None, :]
-        p = tl.exp(tl.where(counts, s, float("-inf")) - logs)
+        p = tl.exp(tl.where(counts, s * times, float("-inf")) - logs)
         if dkeys is not None:
-            if TURNED:
-                ds = _products(g0, g1, v0, v1, V1, ACC, UPCAST, PRECISION) - middle
-            else:
-                ds = _products(v0, v1, g0, g1, V1, ACC, UPCAST, PRECISION) - middle
+            ds = dp - middle
             if RANGED:
                 ds = ds / by
-            ds = rounded(tl.where(counts, p * ds * times, 0.0), k0.dtype, UPCAST)
-            x0 = _onto(ds, q0, x0, TURNED, UPCAST, PRECISION)
-            if D1 > 0:
-                x1 = _onto(ds, q1, x1, TURNED, UPCAST, PRECISION)
-        p = rounded(p, k0.dtype, UPCAST)
-        if MERGED:
-            if V0 == D0:
-                x0 = _onto(p, g0, x0, TURNED, UPCAST, PRECISION)
-            else:
-                wide = matrix(g, heads * g_head, live_heads, g_step, 0, D0, V)
-                x0 = _onto(p, wide, x0, TURNED, UPCAST, PRECISION)
-            if V > D0:
-                rest = matrix(g, heads * g_head, live_heads, g_step, D0, D1, V)
-                x1 = _onto(p, rest, x1, TURNED, UPCAST, PRECISION)
+            ds = rounded(tl.where(counts, p * ds * times, 0.0), key.dtype.element_ty, UPCAST)
+            x = _onto(ds, q, x, DP, TURNED, UPCAST, PRECISION)
+        p = rounded(p, key.dtype.element_ty, UPCAST)
+        if MERGED and REUSE:
+            # Values are the first blocks of the keys' channels: so are their gradients.
+            x = _onto(p, dout, x, VP, TURNED, UPCAST, PRECISION) + x[VP:]
+        elif MERGED:
+            wide = _parts(g, heads * g_head, live_heads, g_step, DS, DN, DR, V)
+            x = _onto(p, wide, x, DP, TURNED, UPCAST, PRECISION)
         elif dvalues is not None:
-            y0 = _onto(p, g0, y0, TURNED, UPCAST, PRECISION)
-            if V1 > 0:
-                y1 = _onto(p, g1, y1, TURNED, UPCAST, PRECISION)
+            y = _onto(p, dout, y, VP, TURNED, UPCAST, PRECISION)
     rows = (r * tl.num_programs(2) + key_head) * span + (j - first_pick)
     if RANGED:
-        x0, x1 = x0 * by, x1 * by
-    if TURNED:
-        x0, x1, y0, y1 = tl.trans(x0), tl.trans(x1), tl.trans(y0), tl.trans(y1)
+        x = _times(x, by, DP)
     if dkeys is not None:
-        put(dkeys, rows * D, live, 1, x0, 0, D0, D)
-        if D1 > 0:
-            put(dkeys, rows * D, live, 1, x1, D0, D1, D)
+        _store(dkeys, rows * D, live, 1, x, DS, DN, DR, D, UPCAST, TURNED)
     if dvalues is not None:
-        put(dvalues, rows * V, live, 1, y0, 0, V0, V)
-        if V1 > 0:
-            put(dvalues, rows * V, live, 1, y1, V0, V1, V)
+        _store(dvalues, rows * V, live, 1, y, VS, VN, VR, V, UPCAST, TURNED)
 
 
 @triton.jit
@@ -508,7 +544,7 @@ class _Backward:
                     self.dkeys, self.dvalues, self.lse[some], self.mean[some],
                     None if self.reach is None else self.reach[some],
                     g, self.query, self.key, self.values, self.picks.picks[some],
-                    rows[0] + slab[0], *span, self.sq, walk.topk, walk.span, self.scale, *g.stride(), *self.strides,
+                    rows[0] + slab[0], *span, self.sq, walk.topk, walk.span, self.query.shape[2] // key_heads, self.scale, *g.stride(), *self.strides,
                     **self.arithmetic, **self.key_tile, MERGED=self.merged, TURNED=self.key_tile["BH"] >= 64,
                 )  # fmt: skip
                 if dk is not None and self.dkeys is not None:
@@ -534,9 +570,20 @@ def _backward_tile(query: Tensor, key: Tensor, value: Tensor | None, indices: Te
 
 
 def _widths(query: Tensor, key: Tensor, v_dim: int, shared: bool) -> dict[str, int | bool]:
-    (_, _, heads, dim), (d0, d1), (v0, v1) = query.shape, chunks(query.shape[3]), chunks(v_dim)
-    widths = {"H": heads, "GROUP": heads // key.shape[2], "D": dim, "D0": d0, "D1": d1, "V": v_dim, "V0": v0, "V1": v1}
-    return {**widths, "REUSE": shared and v0 == d0 and v1 == 0}
+    heads, dim = query.shape[2:]
+    keys, values = _blocks(dim), _blocks(v_dim)
+    named = {f"D{n}": x for n, x in keys.items()} | {f"V{n}": x for n, x in values.items()}
+    reuse = shared and values["S"] == keys["S"] and values["N"] <= keys["N"] and values["R"] in (0, keys["R"])
+    if values["R"] and values["N"] < keys["N"]:
+        reuse = False
+    return {"H": heads, "GROUP": heads // key.shape[2], "D": dim, "V": v_dim, **named, "REUSE": reuse}
+
+
+def _blocks(width: int) -> dict[str, int]:
+    """Cut channels into N blocks of size S and one of R, and count them in P."""
+    first, rest = chunks(width)
+    size = min(first, WIDEST)
+    return {"S": size, "N": first // size, "R": rest, "P": first // size + (rest > 0)}
 
 
 def _tile(kernel: str, query: Tensor, key: Tensor, v_dim: int) -> dict[str, int]:

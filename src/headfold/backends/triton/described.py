@@ -7,7 +7,7 @@ from typing import Any
 from headfold.backends.triton.compiling import Specimen
 
 # Integers that no call promises to be multiples of 16.
-ANY_VALUE = ("sk", "topk", "words", "offset", "first_row", "first_pick", "last_pick", "span", "groups", "rows")
+ANY_VALUE = ("sk", "topk", "words", "offset", "first_row", "first_pick", "last_pick", "span", "group", "groups", "rows")
 
 
 def described(
