@@ -13,7 +13,7 @@ ROOT = Path(headfold.__file__).parent
 # Each floor may import the floors before it, and modules of its own floor may not import one another unless they are
 # one package.
 FLOORS = [
-    ["tiles", "bills"],
+    ["tiles", "bills", "score_tiles"],
     ["geometry", "layout", "keyrange", "loss_tiles"],
     ["contract", "presets", "attention_tiles", "parallel"],
     ["materialized", "backends"],

@@ -6,9 +6,17 @@ Imported when a call is dispatched here and not before, so that headfold runs wi
 import triton
 import triton.language
 
+from headfold.backends.triton.scores import add_gradients, fill_scores, index_scores, index_scores_backward, tile_of
 from headfold.backends.triton.visible import row_bounds
 
 # Both read TRITON_INTERPRET where they are decorated: a variable set between the two imports gives neither.
 INTERPRETED = not any(isinstance(f, triton.JITFunction) for f in (row_bounds, triton.language.zeros))
 
-__all__ = ["INTERPRETED"]
+__all__ = [
+    "INTERPRETED",
+    "add_gradients",
+    "fill_scores",
+    "index_scores",
+    "index_scores_backward",
+    "tile_of",
+]

@@ -16,7 +16,8 @@ from torch import Tensor
 
 from headfold.backends.eager.attention import heads_apart, rows_like
 from headfold.backends.triton.picks import Picks, Scatter, strides
-from headfold.backends.triton.products import chunks, factor, matrix, options, power_of_two, product, put, rounded
+from headfold.backends.triton.operands import factor, matrix, options, power_of_two, put, rounded
+from headfold.backends.triton.products import pieces, product
 from headfold.contract import compute_dtype
 from headfold.scatter_tiles import ScatterTile
 from headfold.tiles import blocks
@@ -76,18 +77,18 @@ def _times(parts, factor, PARTS: tl.constexpr):
 
 
 @triton.jit
-def _products(a, b, PARTS: tl.constexpr, ACC: tl.constexpr, UPCAST: tl.constexpr, PRECISION: tl.constexpr):
+def _products(a, b, PARTS: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr, UPCAST: tl.constexpr):
     """a · bᵀ over their blocks of channels."""
     x = tl.zeros((a[0].shape[0], b[0].shape[0]), ACC)
     for i in tl.static_range(PARTS):
-        x = product(a[i], tl.trans(b[i]), x, UPCAST, PRECISION)
+        x = product(a[i], tl.trans(b[i]), x, PRECISION, ACC, UPCAST)
     return x
 
 
 @triton.jit
 def _meet(
     a, x, rows, live, step, SIZE: tl.constexpr, COUNT: tl.constexpr, REST: tl.constexpr, WIDTH: tl.constexpr,
-    TURNED: tl.constexpr, ACC: tl.constexpr, UPCAST: tl.constexpr, PRECISION: tl.constexpr,
+    TURNED: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     """Load blocks of channels of x, and a · xᵀ with them, x · aᵀ where TURNED: block by block, for registers' sake."""
     parts = ()
@@ -101,22 +102,22 @@ def _meet(
         else:
             part = matrix(x, rows, live, step, COUNT * SIZE, REST, WIDTH)
         if TURNED:
-            s = product(part, tl.trans(a[i]), s, UPCAST, PRECISION)
+            s = product(part, tl.trans(a[i]), s, PRECISION, ACC, UPCAST)
         else:
-            s = product(a[i], tl.trans(part), s, UPCAST, PRECISION)
+            s = product(a[i], tl.trans(part), s, PRECISION, ACC, UPCAST)
         parts = parts + (part,)
     return s, parts
 
 
 @triton.jit
-def _onto(a, x, sums, PARTS: tl.constexpr, TURNED: tl.constexpr, UPCAST: tl.constexpr, PRECISION: tl.constexpr):
+def _onto(a, x, sums, PARTS: tl.constexpr, TURNED: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr, UPCAST: tl.constexpr):
     """sums + a [n, m] · x [m, d] by blocks of channels; where TURNED sums + xᵀ · a, with a [m, n]."""
     more = ()
     for i in tl.static_range(PARTS):
         if TURNED:
-            more = more + (product(tl.trans(x[i]), a, sums[i], UPCAST, PRECISION),)
+            more = more + (product(tl.trans(x[i]), a, sums[i], PRECISION, ACC, UPCAST),)
         else:
-            more = more + (product(a, x[i], sums[i], UPCAST, PRECISION),)
+            more = more + (product(a, x[i], sums[i], PRECISION, ACC, UPCAST),)
     return more
 
 
@@ -179,7 +180,7 @@ def _attend(
     for j0 in tl.range(0, topk, BN, num_stages=STAGES):
         t, live = _picked(picks, j0 + tl.arange(0, BN), topk)
         k = _parts(key, t * k_key, live, k_step, DS, DN, DR, D)
-        s = _products(k, q, DP, ACC, UPCAST, PRECISION) * times
+        s = _products(k, q, DP, PRECISION, ACC, UPCAST) * times
         p, shrink, largest = _step(tl.where(live[:, None], s, float("-inf")), largest)
         terms = terms * shrink[None, :] + p
         p = rounded(p, key.dtype.element_ty, UPCAST)
@@ -187,7 +188,7 @@ def _attend(
             v = k
         else:
             v = _parts(value, t * v_key, live, v_step, VS, VN, VR, V)
-        acc = _onto(p, v, _times(acc, shrink[None, :], VP), VP, True, UPCAST, PRECISION)
+        acc = _onto(p, v, _times(acc, shrink[None, :], VP), VP, True, PRECISION, ACC, UPCAST)
     total = tl.sum(terms, 0)
     # Not whether it is above zero: NaN has to stay.
     share = tl.where(total == 0, 0.0, 1.0 / tl.where(total == 0, 1.0, total))[None, :]
@@ -237,8 +238,8 @@ def _row_gradients(
             v = k
         else:
             v = _parts(value, t * v_key, live, v_step, VS, VN, VR, V)
-        s = _products(k, q, DP, ACC, UPCAST, PRECISION) * times
-        dp = _products(v, dout, VP, ACC, UPCAST, PRECISION)
+        s = _products(k, q, DP, PRECISION, ACC, UPCAST) * times
+        dp = _products(v, dout, VP, PRECISION, ACC, UPCAST)
         p, shrink, largest = _step(tl.where(live[:, None], s, float("-inf")), largest)
         terms = terms * shrink[None, :] + p
         middles = middles * shrink[None, :] + tl.where(live[:, None], p * dp, 0.0)
@@ -262,13 +263,13 @@ def _row_gradients(
                 v = k
             else:
                 v = _parts(value, t * v_key, live, v_step, VS, VN, VR, V)
-            s = _products(k, q, DP, ACC, UPCAST, PRECISION) * times
+            s = _products(k, q, DP, PRECISION, ACC, UPCAST) * times
             p = tl.exp(tl.where(live[:, None], s, float("-inf")) - logs[None, :])
-            ds = _products(v, dout, VP, ACC, UPCAST, PRECISION) - middle[None, :]
+            ds = _products(v, dout, VP, PRECISION, ACC, UPCAST) - middle[None, :]
             if RANGED:
                 ds = ds / by
             ds = rounded(tl.where(live[:, None], p * ds, 0.0), key.dtype.element_ty, UPCAST)
-            acc = _onto(ds, k, acc, DP, True, UPCAST, PRECISION)
+            acc = _onto(ds, k, acc, DP, True, PRECISION, ACC, UPCAST)
         if RANGED:
             acc = _times(acc, by, DP)
         dq += b * dq_batch + row * dq_row
@@ -320,8 +321,8 @@ def _spread(
     for h0 in tl.range(0, group, BH, num_stages=STAGES):
         within = h0 + tl.arange(0, BH)
         live_heads, heads = within < GROUP, key_head * GROUP + within
-        s, q = _meet(k, query, heads * q_head, live_heads, q_step, DS, DN, DR, D, TURNED, ACC, UPCAST, PRECISION)
-        dp, dout = _meet(v, g, heads * g_head, live_heads, g_step, VS, VN, VR, V, TURNED, ACC, UPCAST, PRECISION)
+        s, q = _meet(k, query, heads * q_head, live_heads, q_step, DS, DN, DR, D, TURNED, PRECISION, ACC, UPCAST)
+        dp, dout = _meet(v, g, heads * g_head, live_heads, g_step, VS, VN, VR, V, TURNED, PRECISION, ACC, UPCAST)
         logs = tl.load(lse + r * H + heads, mask=live_heads, other=0.0)
         logs = tl.where(logs == float("-inf"), 0.0, logs)
         middle = tl.load(mean + r * H + heads, mask=live_heads, other=0.0)
@@ -335,16 +336,16 @@ def _spread(
             if RANGED:
                 ds = ds / by
             ds = rounded(tl.where(counts, p * ds * times, 0.0), key.dtype.element_ty, UPCAST)
-            x = _onto(ds, q, x, DP, TURNED, UPCAST, PRECISION)
+            x = _onto(ds, q, x, DP, TURNED, PRECISION, ACC, UPCAST)
         p = rounded(p, key.dtype.element_ty, UPCAST)
         if MERGED and REUSE:
             # Values are the first blocks of the keys' channels: so are their gradients.
-            x = _onto(p, dout, x, VP, TURNED, UPCAST, PRECISION) + x[VP:]
+            x = _onto(p, dout, x, VP, TURNED, PRECISION, ACC, UPCAST) + x[VP:]
         elif MERGED:
             wide = _parts(g, heads * g_head, live_heads, g_step, DS, DN, DR, V)
-            x = _onto(p, wide, x, DP, TURNED, UPCAST, PRECISION)
+            x = _onto(p, wide, x, DP, TURNED, PRECISION, ACC, UPCAST)
         elif dvalues is not None:
-            y = _onto(p, dout, y, VP, TURNED, UPCAST, PRECISION)
+            y = _onto(p, dout, y, VP, TURNED, PRECISION, ACC, UPCAST)
     rows = (r * tl.num_programs(2) + key_head) * span + (j - first_pick)
     if RANGED:
         x = _times(x, by, DP)
@@ -581,7 +582,7 @@ def _widths(query: Tensor, key: Tensor, v_dim: int, shared: bool) -> dict[str, i
 
 def _blocks(width: int) -> dict[str, int]:
     """Cut channels into N blocks of size S and one of R, and count them in P."""
-    first, rest = chunks(width)
+    first, rest = pieces(width)
     size = min(first, WIDEST)
     return {"S": size, "N": first // size, "R": rest, "P": first // size + (rest > 0)}
 

@@ -13,7 +13,8 @@ import triton.language as tl
 from torch import Tensor
 
 from headfold.backends.triton.picks import Picks, Scatter, picked, strides
-from headfold.backends.triton.products import chunks, factor, matrix, options, power_of_two, product, put, rounded
+from headfold.backends.triton.operands import factor, matrix, options, power_of_two, put, rounded
+from headfold.backends.triton.products import pieces, product
 from headfold.backends.triton.visible import bias_strides, bound_strides, row_bounds
 from headfold.contract import compute_dtype
 from headfold.scatter_tiles import ScatterTile
@@ -46,11 +47,11 @@ def _queries(
 
 
 @triton.jit
-def _logits(k0, k1, q0, q1, D1: tl.constexpr, ACC: tl.constexpr, UPCAST: tl.constexpr, PRECISION: tl.constexpr):
+def _logits(k0, k1, q0, q1, D1: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr, UPCAST: tl.constexpr):
     """Logits [BN, BH] of keys against the queries of some heads."""
-    s = product(k0, tl.trans(q0), tl.zeros((k0.shape[0], q0.shape[0]), ACC), UPCAST, PRECISION)
+    s = product(k0, tl.trans(q0), tl.zeros((k0.shape[0], q0.shape[0]), ACC), PRECISION, ACC, UPCAST)
     if D1 > 0:
-        s = product(k1, tl.trans(q1), s, UPCAST, PRECISION)
+        s = product(k1, tl.trans(q1), s, PRECISION, ACC, UPCAST)
     return s
 
 
@@ -116,7 +117,7 @@ def _scores(
         else:
             k1 = k0
         if RELU:
-            s = _logits(k0, k1, q0, q1, D1, ACC, UPCAST, PRECISION)
+            s = _logits(k0, k1, q0, q1, D1, PRECISION, ACC, UPCAST)
             # NaN is not below zero, and a padded head has no part even in a key that is infinite.
             s = tl.where(s < 0, 0.0, s) * factors[None, :]
             if H < BH:
@@ -126,7 +127,7 @@ def _scores(
                 more = (h0 + within).to(tl.int64)
                 live_more = h0 + within < H
                 p0, p1 = _queries(q, more, live_more, q_head, q_step, D, D0, D1)
-                s = _logits(k0, k1, p0, p1, D1, ACC, UPCAST, PRECISION)
+                s = _logits(k0, k1, p0, p1, D1, PRECISION, ACC, UPCAST)
                 s = tl.where(s < 0, 0.0, s) * _weights(w, more, live_more, w_head, ACC)[None, :]
                 scores += tl.sum(tl.where(live_more[None, :], s, 0.0), 1)
         else:
@@ -198,7 +199,7 @@ def _row_gradients(
         else:
             k1 = k0
         if RELU:
-            s = _logits(k0, k1, q0, q1, D1, ACC, UPCAST, PRECISION)
+            s = _logits(k0, k1, q0, q1, D1, PRECISION, ACC, UPCAST)
             # NaN is not at or below zero: it passes, and makes u NaN.
             barred = s <= 0
             if dw is not None:
@@ -207,9 +208,9 @@ def _row_gradients(
                 if RANGED:
                     incoming = incoming / largest
                 a = rounded(tl.where(barred, 0.0, incoming[:, None]), k0.dtype, UPCAST)
-                u0 = product(tl.trans(k0), a, u0, UPCAST, PRECISION)
+                u0 = product(tl.trans(k0), a, u0, PRECISION, ACC, UPCAST)
                 if D1 > 0:
-                    u1 = product(tl.trans(k1), a, u1, UPCAST, PRECISION)
+                    u1 = product(tl.trans(k1), a, u1, PRECISION, ACC, UPCAST)
         else:
             u0 += incoming[:, None] * k0.to(ACC)
             if D1 > 0:
@@ -284,11 +285,11 @@ def _spread(
             factors = _weights(w, heads, live_heads, w_head, ACC)
             if RANGED:
                 factors = factors / beyond
-            s = _logits(k0, k1, q0, q1, D1, ACC, UPCAST, PRECISION)
+            s = _logits(k0, k1, q0, q1, D1, PRECISION, ACC, UPCAST)
             a = rounded(tl.where(s <= 0, 0.0, incoming[:, None] * factors[None, :]), q0.dtype, UPCAST)
-            x0 = product(a, q0, x0, UPCAST, PRECISION)
+            x0 = product(a, q0, x0, PRECISION, ACC, UPCAST)
             if D1 > 0:
-                x1 = product(a, q1, x1, UPCAST, PRECISION)
+                x1 = product(a, q1, x1, PRECISION, ACC, UPCAST)
         if RANGED:
             x0, x1 = x0 * by * beyond, x1 * by * beyond
     else:
@@ -420,7 +421,7 @@ def batch_element(x: Tensor | None, i: int) -> Tensor | None:
 
 def _widths(q: Tensor) -> dict[str, int]:
     h, d = q.shape[2:]
-    d0, d1 = chunks(d)
+    d0, d1 = pieces(d)
     return {"H": h, "D": d, "D0": d0, "D1": d1, "BH": min(64, max(16, triton.next_power_of_2(h)))}
 
 

@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from headfold.backends.triton.products import factor
+from headfold.backends.triton.operands import factor
 from headfold.backends.triton.visible import bias_strides, bound_strides, row_bounds
 from headfold.scatter_tiles import ROWS_A_WORD, ScatterTile
 

@@ -1,96 +1,59 @@
-"""Matrix products inside kernels: their precision, their operands' rounding, and widths that are no power of two."""
+"""Matrix products of kernels: operands loaded in two pieces of a width, multiplied in the dtype that is asked for."""
 
 from __future__ import annotations
 
 import torch
 import triton
 import triton.language as tl
-from triton.knobs import runtime
 
-from headfold.contract import compute_dtype
-
-LEAST = 16  # rows, columns and channels that a product takes at least
 ACCUMULATORS = {torch.float32: tl.float32, torch.float64: tl.float64}
-# Smallest power of two whose logarithm a float16 product keeps apart from 1: what operands are scaled by.
-EXPONENT = tl.constexpr(0x7F800000)
+NARROWEST = 16  # a matrix instruction's own
 
 
-def chunks(width: int) -> tuple[int, int]:
-    """Return one or two powers of two that cover a width: one block padded, or two where that pads less.
+def pieces(d: int) -> tuple[int, int]:
+    """Return the two powers of two that a width is read in: 128 and 0, or 64 and 16 for 80.
 
-    80 = 64 + 16, 96 = 64 + 32, 192 = 128 + 64 and 576 = 512 + 64 channels waste nothing; (n, 0) is one block.
+    One piece is padded where two would not be smaller together.
     """
-    whole = max(LEAST, 1 << (width - 1).bit_length())
-    first = 1 << (width.bit_length() - 1)
-    rest = max(LEAST, 1 << (width - first - 1).bit_length()) if width > first else 0
-    return (first, rest) if first >= LEAST and 0 < rest and first + rest < whole else (whole, 0)
+    whole = max(NARROWEST, triton.next_power_of_2(d))
+    first = max(NARROWEST, whole // 2)
+    second = max(NARROWEST, triton.next_power_of_2(max(1, d - first)))
+    return (first, second) if first + second < whole else (whole, 0)
 
 
-def options(like: torch.Tensor, scale: float) -> dict[str, object]:
-    """Return what every kernel is told about its arithmetic, by the name of its parameter.
+def precision(dtype: torch.dtype) -> str:
+    """Return how float32 operands are multiplied: exactly, unless torch's own switch allows TF32."""
+    if dtype != torch.float32 or not torch.cuda.is_available():
+        return "ieee"
+    return "tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee"
 
-    A kernel's float arguments are float32, so that a float64 factor is part of the kernel.
+
+@triton.jit
+def product(a, b, acc, PRECISION: tl.constexpr, ACC: tl.constexpr, UPCAST: tl.constexpr):
+    """Return acc + a · b in ACC. UPCAST multiplies in ACC: the interpreter cannot multiply bfloat16."""
+    if UPCAST:
+        a = a.to(ACC)
+        b = b.to(ACC)
+    return tl.dot(a, b, acc, input_precision=PRECISION, out_dtype=ACC)
+
+
+@triton.jit
+def number(x, ACC: tl.constexpr, UPCAST: tl.constexpr):
+    """Return a float64 argument in ACC; the interpreter passes Python's own number, which has every dtype."""
+    if UPCAST:
+        return x
+    else:  # noqa: RET505 - both would be compiled otherwise
+        return x.to(ACC)
+
+
+@triton.jit
+def load_rows(places, inside, channel_stride, first: tl.constexpr, PIECE: tl.constexpr, WIDTH: tl.constexpr):
+    """Load [rows, PIECE] from channel `first` on, zeros past WIDTH channels of it and in rows that are not inside.
+
+    places: pointers to channel 0 of each row.
     """
-    dtype = compute_dtype(like.dtype)
-    return {
-        "SCALE": scale if dtype == torch.float64 else None,
-        "ACC": ACCUMULATORS[dtype],
-        "UPCAST": like.dtype == torch.bfloat16 and runtime.interpret,
-        "PRECISION": "tf32" if like.dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32 else "ieee",
-        "RANGED": like.dtype == torch.float16,
-    }
-
-
-@triton.jit
-def product(a, b, acc, UPCAST: tl.constexpr, PRECISION: tl.constexpr):
-    """acc + a · b, of operands as they are; the interpreter multiplies bfloat16 as integers, so there they are cast."""
-    if UPCAST:
-        a, b = a.to(tl.float32), b.to(tl.float32)
-    return tl.dot(a, b, acc, input_precision=PRECISION, out_dtype=acc.dtype)
-
-
-@triton.jit
-def rounded(x, DTYPE: tl.constexpr, UPCAST: tl.constexpr):
-    """Cast x to nearest even; by its bits in the interpreter, whose casts to bfloat16 cut off."""
-    if UPCAST:
-        bits = x.to(tl.float32).to(tl.int32, bitcast=True)
-        near = (bits + 0x7FFF + ((bits >> 16) & 1)) & -65536
-        finite = (bits & 0x7F800000) != 0x7F800000
-        return tl.where(finite, near, bits).to(tl.float32, bitcast=True).to(DTYPE)
-    else:
-        return x.to(DTYPE)
-
-
-@triton.jit
-def power_of_two(x):
-    """The power of two at or below each x > 0 in float32; 1 where x is 0, infinite or NaN."""
-    bits = x.to(tl.float32).to(tl.int32, bitcast=True) & 0x7F800000
-    usable = (bits != 0) & (bits != 0x7F800000)
-    return tl.where(usable, bits, 0x3F800000).to(tl.float32, bitcast=True)
-
-
-@triton.jit
-def factor(scale, SCALE: tl.constexpr, ACC: tl.constexpr):
-    """The factor of a call in the compute dtype: its float32 argument, or in float64 the constant."""
-    if SCALE is None:
-        return scale
-    else:
-        return tl.full((), SCALE, ACC)
-
-
-@triton.jit
-def matrix(base, rows, live, step, FIRST: tl.constexpr, SIZE: tl.constexpr, WIDTH: tl.constexpr):
-    """Load [rows, SIZE] channels from FIRST on of rows at int64 offsets; zeros where not live and beyond WIDTH."""
-    c = FIRST + tl.arange(0, SIZE)
-    at = base + rows[:, None] + (c.to(tl.int64) * step)[None, :]
-    if FIRST + SIZE <= WIDTH:
-        return tl.load(at, mask=live[:, None], other=0.0)
-    else:
-        return tl.load(at, mask=live[:, None] & (c < WIDTH)[None, :], other=0.0)
-
-
-@triton.jit
-def put(base, rows, live, step, x, FIRST: tl.constexpr, SIZE: tl.constexpr, WIDTH: tl.constexpr):
-    """Store [rows, SIZE] channels from FIRST on, as `matrix` loads them."""
-    c = FIRST + tl.arange(0, SIZE)
-    tl.store(base + rows[:, None] + (c.to(tl.int64) * step)[None, :], x, mask=live[:, None] & (c < WIDTH)[None, :])
+    channel = tl.arange(0, PIECE).to(tl.int64)
+    mask = inside[:, None]
+    if PIECE > WIDTH:
+        mask = mask & (channel < WIDTH)[None, :]
+    return tl.load(places[:, None] + (first + channel)[None, :] * channel_stride, mask=mask, other=0.0)

@@ -34,7 +34,12 @@ class Row(NamedTuple):
 
 
 # Read off the compile lane: no spills, shared memory within the chip, tensor cores in use (docs/kernels.md).
-TABLE: tuple[Row, ...] = ()
+TABLE: tuple[Row, ...] = (
+    Row("scores", "cpu", "*", ANY, ANY, 128, 64, 4, 1),
+    Row("query_gradients", "cpu", "*", ANY, ANY, 128, 64, 4, 1),
+    Row("key_gradients", "cpu", "*", ANY, ANY, 128, 64, 4, 1),
+    Row("fold", "cpu", "*", ANY, ANY, 64, 0, 4, 1),
+)
 KINDS = {torch.float16: "half", torch.bfloat16: "half", torch.float32: "float32", torch.float64: "float64"}
 
 

@@ -1,0 +1,318 @@
+"""The backward kernels: one with queries resident, for dq and dweights, and one with keys resident, for dk.
+
+With a = g · [logit > 0] and u = Σ_t a · k: dq = scale · weights · u, dweights = scale · Σ_t a · logit, and
+dk = scale · Σ a · weights · q. Each result has a single writer, and its sum one order. dweights is summed beside the
+products, in the accumulator's dtype: it also equals q · u, but of a that was rounded to the inputs' dtype.
+"""
+
+import triton
+import triton.language as tl
+
+from headfold.backends.triton.products import load_rows, number, product
+from headfold.backends.triton.visible import row_bounds
+
+
+@triton.jit
+def _gated(g, seen, bias, bias_key, t, g_key):
+    """Load a tile of g; zeros, whatever it held, where the row may not see the key."""
+    if bias is not None:
+        seen = seen & (tl.load(bias + t * bias_key, mask=seen, other=float("-inf")) != float("-inf"))
+    return tl.load(g + t * g_key, mask=seen, other=0.0)
+
+
+@triton.jit(do_not_specialize=["sq", "sk", "offset"])
+def query_gradients(
+    dq,
+    dweights,
+    g,
+    q,
+    weights,
+    k,
+    start,
+    end,
+    bias,
+    sq,
+    sk,
+    offset,
+    scale: tl.float64,
+    dq_batch,
+    dq_row,
+    dq_head,
+    dq_channel,
+    dweights_batch,
+    dweights_row,
+    dweights_head,
+    g_batch,
+    g_row,
+    g_key,
+    q_batch,
+    q_row,
+    q_head,
+    q_channel,
+    weights_batch,
+    weights_row,
+    weights_head,
+    k_batch,
+    k_row,
+    k_channel,
+    start_batch,
+    start_row,
+    end_batch,
+    end_row,
+    bias_batch,
+    bias_row,
+    bias_key,
+    RATIO: tl.constexpr,
+    HAS_OFFSET: tl.constexpr,
+    RELU: tl.constexpr,
+    H: tl.constexpr,
+    D: tl.constexpr,
+    HEADS: tl.constexpr,
+    FIRST: tl.constexpr,
+    SECOND: tl.constexpr,
+    ROWS: tl.constexpr,
+    KEYS: tl.constexpr,
+    STAGES: tl.constexpr,
+    PRECISION: tl.constexpr,
+    WIDE: tl.constexpr,
+    ACC: tl.constexpr,
+    UPCAST: tl.constexpr,
+):
+    """Write dq and dweights of ROWS rows (either may be None). Queries stay, keys and g stream by.
+
+    Without RELU there is one head, a is g, and no logits are made: dq is then Σ_t g · k alone.
+    WIDE multiplies a in the accumulator's dtype: float16 has no range for gradients.
+    """
+    block = tl.num_programs(0) - 1 - tl.program_id(0)
+    batch = tl.program_id(1).to(tl.int64)
+    if start is not None:
+        start += batch * start_batch
+    if end is not None:
+        end += batch * end_batch
+    row = block * ROWS + tl.arange(0, ROWS)
+    inside = row < sq
+    low, high = row_bounds(row, inside, sk, start, end, start_row, end_row, offset, RATIO, HAS_OFFSET)
+    first_key = tl.min(low, 0) // KEYS * KEYS
+    last_key = tl.max(high, 0)
+
+    each = tl.arange(0, ROWS * HEADS)
+    query_row = (block * ROWS + each // HEADS).to(tl.int64)
+    head = (each % HEADS).to(tl.int64)
+    real = (query_row < sq) & (head < H)
+    if RELU:
+        places = q + batch * q_batch + query_row * q_row + head * q_head
+        q1 = load_rows(places, real, q_channel, 0, FIRST, FIRST if SECOND else D)
+        if SECOND > 0:
+            q2 = load_rows(places, real, q_channel, FIRST, SECOND, D - FIRST)
+    if dq is not None:
+        u1 = tl.zeros((ROWS * HEADS, FIRST), ACC)
+        if SECOND > 0:
+            u2 = tl.zeros((ROWS * HEADS, SECOND), ACC)
+    if dweights is not None:
+        totals = tl.zeros((ROWS, HEADS), ACC)
+
+    incoming = g + batch * g_batch + row.to(tl.int64)[:, None] * g_row
+    if bias is not None:
+        bias += batch * bias_batch + row.to(tl.int64)[:, None] * bias_row
+    step = tl.arange(0, KEYS)
+    for key in tl.range(first_key, last_key, KEYS, num_stages=STAGES):
+        t = key + step
+        there = k + batch * k_batch + t.to(tl.int64) * k_row
+        k1 = load_rows(there, t < sk, k_channel, 0, FIRST, FIRST if SECOND else D)
+        if SECOND > 0:
+            k2 = load_rows(there, t < sk, k_channel, FIRST, SECOND, D - FIRST)
+        seen = (t[None, :] >= low[:, None]) & (t[None, :] < high[:, None])
+        a = _gated(incoming, seen, bias, bias_key, t.to(tl.int64)[None, :], g_key).to(ACC)[:, None, :]
+        if RELU:
+            logits = product(q1, tl.trans(k1), tl.zeros((ROWS * HEADS, KEYS), ACC), PRECISION, ACC, UPCAST)
+            if SECOND > 0:
+                logits = product(q2, tl.trans(k2), logits, PRECISION, ACC, UPCAST)
+            logits = tl.reshape(logits, (ROWS, HEADS, KEYS))
+            a = tl.where(logits <= 0, 0.0, a)
+            if dweights is not None:
+                totals += tl.sum(a * logits, 2)
+        if dq is not None:
+            a = tl.reshape(a, (ROWS * HEADS, KEYS))
+            if WIDE:
+                k1 = k1.to(ACC)
+                if SECOND > 0:
+                    k2 = k2.to(ACC)
+            a = a.to(k1.dtype)
+            u1 = product(a, k1, u1, PRECISION, ACC, UPCAST)
+            if SECOND > 0:
+                u2 = product(a, k2, u2, PRECISION, ACC, UPCAST)
+
+    if dweights is not None:
+        row_of = row.to(tl.int64)[:, None]
+        head_of = tl.arange(0, HEADS)[None, :]
+        places = dweights + batch * dweights_batch + row_of * dweights_row + head_of.to(tl.int64) * dweights_head
+        tl.store(places, totals * number(scale, ACC, UPCAST), mask=inside[:, None] & (head_of < H))
+    if dq is not None:
+        if weights is not None:
+            places = weights + batch * weights_batch + query_row * weights_row + head * weights_head
+            factor = tl.load(places, mask=real, other=0.0).to(ACC) * number(scale, ACC, UPCAST)
+        else:
+            factor = real.to(ACC) * number(scale, ACC, UPCAST)
+        places = dq + batch * dq_batch + query_row * dq_row + head * dq_head
+        channel = tl.arange(0, FIRST).to(tl.int64)
+        mask = real[:, None] & (channel < D)[None, :]
+        tl.store(places[:, None] + channel[None, :] * dq_channel, u1 * factor[:, None], mask=mask)
+        if SECOND > 0:
+            channel = (FIRST + tl.arange(0, SECOND)).to(tl.int64)
+            mask = real[:, None] & (channel < D)[None, :]
+            tl.store(places[:, None] + channel[None, :] * dq_channel, u2 * factor[:, None], mask=mask)
+
+
+@triton.jit(do_not_specialize=["sq", "sk", "offset"])
+def key_gradients(
+    dk,
+    g,
+    q,
+    weights,
+    k,
+    start,
+    end,
+    bias,
+    sq,
+    sk,
+    offset,
+    scale: tl.float64,
+    dk_part,
+    dk_batch,
+    dk_row,
+    dk_channel,
+    g_batch,
+    g_row,
+    g_key,
+    q_batch,
+    q_row,
+    q_head,
+    q_channel,
+    weights_batch,
+    weights_row,
+    weights_head,
+    k_batch,
+    k_row,
+    k_channel,
+    start_batch,
+    start_row,
+    end_batch,
+    end_row,
+    bias_batch,
+    bias_row,
+    bias_key,
+    RATIO: tl.constexpr,
+    HAS_OFFSET: tl.constexpr,
+    RELU: tl.constexpr,
+    ADD: tl.constexpr,
+    H: tl.constexpr,
+    D: tl.constexpr,
+    HEADS: tl.constexpr,
+    FIRST: tl.constexpr,
+    SECOND: tl.constexpr,
+    ROWS: tl.constexpr,
+    KEYS: tl.constexpr,
+    STAGES: tl.constexpr,
+    SCAN: tl.constexpr,
+    PRECISION: tl.constexpr,
+    WIDE: tl.constexpr,
+    ACC: tl.constexpr,
+    UPCAST: tl.constexpr,
+):
+    """Write or ADD dk of KEYS keys, from one of num_programs(2) parts of the rows. Keys stay, queries and g stream by.
+
+    Without RELU there is one head and a is g.
+    """
+    batch = tl.program_id(1).to(tl.int64)
+    if start is not None:
+        start += batch * start_batch
+    if end is not None:
+        end += batch * end_batch
+    first_of = tl.program_id(0) * KEYS
+    t = first_of + tl.arange(0, KEYS)
+    there = k + batch * k_batch + t.to(tl.int64) * k_row
+    if RELU:
+        k1 = load_rows(there, t < sk, k_channel, 0, FIRST, FIRST if SECOND else D)
+        if SECOND > 0:
+            k2 = load_rows(there, t < sk, k_channel, FIRST, SECOND, D - FIRST)
+
+    # Rows before the first and after the last that sees one of these keys are not visited.
+    first_row = sq * 0
+    last_row = sq * 1
+    if HAS_OFFSET:
+        first_row = tl.minimum(tl.maximum((first_of.to(tl.int64) + 1) * RATIO - 1 - offset, 0), sq).to(tl.int32)
+    if start is not None or end is not None:
+        before = sq * 1
+        behind = sq * 0
+        for row in range(first_row // SCAN * SCAN, last_row, SCAN):
+            some = row + tl.arange(0, SCAN)
+            low, high = row_bounds(some, some < sq, sk, start, end, start_row, end_row, offset, RATIO, HAS_OFFSET)
+            sees = (low < high) & (low < first_of + KEYS) & (high > first_of)
+            before = tl.minimum(before, tl.min(tl.where(sees, some, sq), 0))
+            behind = tl.maximum(behind, tl.max(tl.where(sees, some + 1, 0), 0))
+        first_row = before
+        last_row = behind
+    first_block = first_row // ROWS
+    per_part = tl.cdiv(tl.maximum(tl.cdiv(last_row, ROWS) - first_block, 0), tl.num_programs(2))
+    first_block += tl.program_id(2) * per_part
+    last_row = tl.minimum(last_row, (first_block + per_part) * ROWS)
+
+    sum1 = tl.zeros((KEYS, FIRST), ACC)
+    if SECOND > 0:
+        sum2 = tl.zeros((KEYS, SECOND), ACC)
+    each = tl.arange(0, ROWS * HEADS)
+    head = (each % HEADS).to(tl.int64)
+    step = tl.arange(0, ROWS)
+    key_of = t.to(tl.int64)[:, None]
+    for first in tl.range(first_block * ROWS, last_row, ROWS, num_stages=STAGES):
+        row = first + step
+        inside = row < sq
+        query_row = (first + each // HEADS).to(tl.int64)
+        real = (query_row < sq) & (head < H)
+        places = q + batch * q_batch + query_row * q_row + head * q_head
+        q1 = load_rows(places, real, q_channel, 0, FIRST, FIRST if SECOND else D)
+        if SECOND > 0:
+            q2 = load_rows(places, real, q_channel, FIRST, SECOND, D - FIRST)
+        low, high = row_bounds(row, inside, sk, start, end, start_row, end_row, offset, RATIO, HAS_OFFSET)
+        seen = (t[:, None] >= low[None, :]) & (t[:, None] < high[None, :])
+        incoming = g + batch * g_batch + row.to(tl.int64)[None, :] * g_row
+        if bias is not None:
+            added = bias + batch * bias_batch + row.to(tl.int64)[None, :] * bias_row
+            a = _gated(incoming, seen, added, bias_key, key_of, g_key)
+        else:
+            a = _gated(incoming, seen, None, bias_key, key_of, g_key)
+        a = a.to(ACC)[:, :, None]
+        if RELU:
+            logits = product(k1, tl.trans(q1), tl.zeros((KEYS, ROWS * HEADS), ACC), PRECISION, ACC, UPCAST)
+            if SECOND > 0:
+                logits = product(k2, tl.trans(q2), logits, PRECISION, ACC, UPCAST)
+            a = tl.where(tl.reshape(logits, (KEYS, ROWS, HEADS)) <= 0, 0.0, a)
+        a = tl.reshape(a, (KEYS, ROWS * HEADS))
+        if weights is not None:
+            factors = weights + batch * weights_batch + query_row * weights_row + head * weights_head
+            a = a * tl.load(factors, mask=real, other=0.0).to(ACC)[None, :]
+        if WIDE:
+            q1 = q1.to(ACC)
+            if SECOND > 0:
+                q2 = q2.to(ACC)
+        a = a.to(q1.dtype)
+        sum1 = product(a, q1, sum1, PRECISION, ACC, UPCAST)
+        if SECOND > 0:
+            sum2 = product(a, q2, sum2, PRECISION, ACC, UPCAST)
+
+    dk += tl.program_id(2).to(tl.int64) * dk_part + batch * dk_batch
+    channel = tl.arange(0, FIRST).to(tl.int64)
+    places = dk + key_of * dk_row + channel[None, :] * dk_channel
+    mask = (t < sk)[:, None] & (channel < D)[None, :]
+    sum1 = sum1 * number(scale, ACC, UPCAST)
+    if ADD:
+        sum1 += tl.load(places, mask=mask, other=0.0).to(ACC)
+    tl.store(places, sum1, mask=mask)
+    if SECOND > 0:
+        channel = (FIRST + tl.arange(0, SECOND)).to(tl.int64)
+        places = dk + key_of * dk_row + channel[None, :] * dk_channel
+        mask = (t < sk)[:, None] & (channel < D)[None, :]
+        sum2 = sum2 * number(scale, ACC, UPCAST)
+        if ADD:
+            sum2 += tl.load(places, mask=mask, other=0.0).to(ACC)
+        tl.store(places, sum2, mask=mask)

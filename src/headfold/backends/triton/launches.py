@@ -1,0 +1,185 @@
+"""Launches of the score kernels on a slab: grids, tiles and constants, all told from shapes, dtypes and the device."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+
+from headfold.backends.triton.backward import key_gradients, query_gradients
+from headfold.backends.triton.folding import fold_heads, unfold_heads
+from headfold.backends.triton.forward import score_slab
+from headfold.backends.triton.products import ACCUMULATORS, pieces, precision
+from headfold.backends.triton.table import Row, arch_of, tile
+from headfold.backends.triton.visible import bias_strides, bound_strides, rows_of
+from headfold.contract import compute_dtype
+
+# Programs that keep a large chip busy; a block of rows shares its keys out where there are fewer.
+_PROGRAMS = 528
+# Tiles of keys that a program has at least, to be worth the load of its queries.
+_TILES = 4
+# Rows whose bounds are read at a time, to find those that see a block of keys.
+_SCAN = 256
+
+
+class Slab(NamedTuple):
+    """Rows and heads of a call: q [b, rows, h, d], weights [b, rows, h], k [b, sk, d], and what the rows may see."""
+
+    q: Tensor
+    weights: Tensor | None
+    k: Tensor
+    start: Tensor | None
+    end: Tensor | None
+    bias: Tensor | None
+    offset: int | None
+    ratio: int
+    scale: float
+
+    def heads(self, first: int, end: int) -> Slab:
+        """Return the slab of heads [first, end)."""
+        weights = None if self.weights is None else self.weights[:, :, first:end]
+        return self._replace(q=self.q[:, :, first:end], weights=weights)
+
+    def folded(self, q: Tensor, first: int, end: int) -> Slab:
+        """Return the slab of rows [first, end), whose queries are folded into one head q [b, rows, 1, d]."""
+        return self._replace(
+            q=q,
+            weights=None,
+            start=rows_of(self.start, first, end),
+            end=rows_of(self.end, first, end),
+            bias=rows_of(self.bias, first, end),
+            offset=None if self.offset is None else self.offset + first,
+        )
+
+    def row(self, kernel: str) -> Row:
+        """Return the tile of a kernel on this slab."""
+        return tile(kernel, arch_of(self.q.device), self.q.dtype, self.q.shape[3], self.q.shape[2])
+
+    def arguments(self) -> tuple[Any, ...]:
+        """Return what every kernel takes after its results: tensors, sizes and the scale."""
+        sizes = self.q.shape[1], self.k.shape[1], self.offset or 0
+        return self.q, self.weights, self.k, self.start, self.end, self.bias, *sizes
+
+    def strides(self) -> tuple[int, ...]:
+        """Return the strides of those tensors, in their order."""
+        bounds = *bound_strides(self.start), *bound_strides(self.end), *bias_strides(self.bias)
+        return *self.q.stride(), *strides_of(self.weights, 3), *self.k.stride(), *bounds
+
+    def constants(self, row: Row, relu: bool) -> dict[str, Any]:
+        """Return the constants that the score kernels share, and the launch's own."""
+        h, d = self.q.shape[2:]
+        heads = triton.next_power_of_2(h)
+        first, second = pieces(d)
+        return {
+            "RATIO": self.ratio,
+            "HAS_OFFSET": self.offset is not None,
+            "RELU": relu,
+            "H": h,
+            "D": d,
+            "HEADS": heads,
+            "FIRST": first,
+            "SECOND": second,
+            "ROWS": max(1, row.rows // heads),
+            "KEYS": row.keys,
+            "STAGES": row.stages,
+            "PRECISION": "tf32" if self.q.dtype == torch.float16 else precision(self.k.dtype),
+            "ACC": ACCUMULATORS[compute_dtype(self.q.dtype)],
+            "UPCAST": self.q.device.type == "cpu",
+            "num_warps": row.warps,
+            "num_stages": row.stages,
+        }
+
+    @property
+    def wide(self) -> bool:
+        """Whether gradients are multiplied in the accumulator's dtype.
+
+        float16 has no range for them, and TF32 holds all of its bits; folded queries are in that dtype anyway.
+        """
+        return self.q.dtype == torch.float16 or self.q.dtype != self.k.dtype
+
+
+def launch_scores(out: Tensor, slab: Slab, *, relu: bool, add: bool = False) -> None:
+    """Write out [b, rows, sk], or add to what other heads wrote there."""
+    (b, sq, _, _), sk = slab.q.shape, slab.k.shape[1]
+    if out.numel() == 0:
+        return
+    row = slab.row("scores")
+    constants = slab.constants(row, relu)
+    rows = triton.cdiv(sq, constants["ROWS"])
+    shares = max(1, min(triton.cdiv(_PROGRAMS, b * rows), sk // (row.keys * _TILES)))
+    per_program = triton.cdiv(triton.cdiv(sk, shares), row.keys) * row.keys
+    strides = *out.stride(), *slab.strides()
+    grid = rows, b, triton.cdiv(sk, per_program)
+    score_slab[grid](out, *slab.arguments(), per_program, slab.scale, *strides, ADD=add, **constants)
+
+
+def launch_query_gradients(dq: Tensor | None, dweights: Tensor | None, g: Tensor, slab: Slab, *, relu: bool) -> None:
+    """Write dq [b, rows, h, d] and dweights [b, rows, h]."""
+    b, sq = slab.q.shape[:2]
+    if b * sq == 0 or (dq is None and dweights is None):
+        return
+    constants = slab.constants(slab.row("query_gradients"), relu)
+    strides = *strides_of(dq, 4), *strides_of(dweights, 3), *g.stride(), *slab.strides()
+    grid = triton.cdiv(sq, constants["ROWS"]), b
+    query_gradients[grid](dq, dweights, g, *slab.arguments(), slab.scale, *strides, WIDE=slab.wide, **constants)
+
+
+def launch_key_gradients(dk: Tensor, g: Tensor, slab: Slab, *, relu: bool, add: bool, parts: int) -> None:
+    """Write dk [b, sk, d], or add to it; through `parts` sums in the compute dtype where there is more than one."""
+    b, sk, d = slab.k.shape
+    if b * sk == 0:
+        return
+    row = slab.row("key_gradients")
+    constants = {**slab.constants(row, relu), "ADD": add and parts == 1, "SCAN": _SCAN, "WIDE": slab.wide}
+    sums = dk.unsqueeze(0) if parts == 1 else empty(slab.k, parts, b, sk, d)
+    strides = *sums.stride(), *g.stride(), *slab.strides()
+    grid = triton.cdiv(sk, row.keys), b, parts
+    key_gradients[grid](sums, g, *slab.arguments(), slab.scale, *strides, **constants)
+    if parts > 1:
+        for part in sums[1:]:
+            sums[0] += part
+        dk.add_(sums[0]) if add else dk.copy_(sums[0])
+
+
+def launch_fold(out: Tensor, q: Tensor, weights: Tensor | None) -> None:
+    """Write Σ_h weights · q [b, rows, 1, d] in the compute dtype; out's channels are dense."""
+    b, sq = q.shape[:2]
+    if b * sq > 0:
+        constants = _fold_constants(q)
+        strides = *out.stride()[:2], *q.stride(), *strides_of(weights, 3)
+        fold_heads[(triton.cdiv(sq, constants["ROWS"]), b)](out, q, weights, sq, *strides, **constants)
+
+
+def launch_unfold(dq: Tensor | None, dweights: Tensor | None, u: Tensor, q: Tensor, weights: Tensor | None) -> None:
+    """Write dq = weights · u and dweights = q · u, given u [b, rows, 1, d], whose channels are dense."""
+    b, sq = q.shape[:2]
+    if b * sq > 0:
+        constants = _fold_constants(q)
+        strides = *strides_of(dq, 4), *strides_of(dweights, 3), *u.stride()[:2], *q.stride(), *strides_of(weights, 3)
+        grid = triton.cdiv(sq, constants["ROWS"]), b
+        unfold_heads[grid](dq, dweights, u, q, weights, sq, *strides, **constants)
+
+
+def empty(like: Tensor, *shape: int) -> Tensor:
+    """Allocate in the compute dtype."""
+    return torch.empty(shape, dtype=compute_dtype(like.dtype), device=like.device)
+
+
+def strides_of(x: Tensor | None, count: int) -> tuple[int, ...]:
+    """Return the strides of a tensor, or as many zeros."""
+    return (0,) * count if x is None else x.stride()
+
+
+def _fold_constants(q: Tensor) -> dict[str, Any]:
+    dtype = compute_dtype(q.dtype)
+    row = tile("fold", arch_of(q.device), dtype, q.shape[3], q.shape[2])
+    return {
+        "H": q.shape[2],
+        "D": q.shape[3],
+        "WIDTH": triton.next_power_of_2(q.shape[3]),
+        "ROWS": row.rows,
+        "ACC": ACCUMULATORS[dtype],
+        "num_warps": row.warps,
+    }
