@@ -15,7 +15,7 @@ ROOT = Path(headfold.__file__).parent
 FLOORS = [
     ["tiles", "bills", "score_tiles"],
     ["geometry", "layout", "keyrange", "loss_tiles"],
-    ["contract", "presets", "attention_tiles", "parallel"],
+    ["contract", "presets", "attention_tiles", "scatter_tiles", "parallel"],
     ["materialized", "backends"],
     ["ops", "materialized_attention", "materialized_loss"],
     ["scores", "attention", "selected", "loss", "selection", "selection_record", "mask"],

@@ -70,3 +70,13 @@ class ScatterTile:
     def scatter_bytes(self) -> int:
         """Bytes of a slab's gradients and of the tables that say where they lie."""
         return self.rows * self.span * self.channels * self.size + 4 * self.sk * (self.rows + self.groups)
+
+    @property
+    def forward_bytes(self) -> int:
+        """Scratch of a forward of selected scores: none, for picks are read as they stand."""
+        return 0
+
+    @property
+    def backward_bytes(self) -> int:
+        """Scratch of a backward walk."""
+        return self.settled_bytes + self.scatter_bytes

@@ -17,13 +17,16 @@ from torch import Tensor
 from headfold.backends.eager.attention import heads_apart, rows_like
 from headfold.backends.triton.picks import Picks, Scatter, strides
 from headfold.backends.triton.operands import factor, matrix, options, power_of_two, put, rounded
-from headfold.backends.triton.products import pieces, product
+from headfold.backends.triton.products import NARROWEST, pieces, product
+from headfold.backends.triton.table import arch_of, tile
 from headfold.contract import compute_dtype
 from headfold.scatter_tiles import ScatterTile
 from headfold.tiles import blocks
 
 # Channels of a block at most.
 WIDEST = 128
+# Heads that fill the long side of a product; fewer leave it to the keys.
+TURNING = 64
 SINK_ROWS, SINK_HEADS = 64, 16
 
 
@@ -411,17 +414,17 @@ def sparse_attention(
     lse = torch.empty(b, heads, sq, dtype=compute_dtype(query.dtype), device=query.device) if with_lse else None
     if b * sq == 0:
         return out, lse
-    walk, tile = _forward_tile(query, key, indices), _tile("sparse_attention", query, key, v_dim)
+    walk, cut = _forward_tile(query, key, indices), _cut("attention", query, key)
     picks = Picks(walk, query)
     values = key if value is None else value
-    grid_heads = key.shape[2] * triton.cdiv(heads // key.shape[2], tile["BH"])
+    grid_heads = key.shape[2] * triton.cdiv(heads // key.shape[2], cut["BH"])
     for rows in blocks(b * sq, walk.block):
         if walk.topk:
             picks.settle(indices, rows, key.shape[1], (start, end, None, offset, ratio))
         _attend[(rows[1] - rows[0], grid_heads)](
             out, lse, query, key, values, sink, picks.picks, rows[0], sq, walk.topk, scale,
             *out.stride(), *query.stride(), *key.stride(), *values.stride(),
-            **_widths(query, key, v_dim, value is None), **tile, **options(query, scale),
+            **_widths(query, key, v_dim, value is None), **cut, **options(query, scale),
         )  # fmt: skip
     return out, lse
 
@@ -511,18 +514,18 @@ class _Backward:
         self.dvalues = empty(*slab, v_dim) if apart else None
         self.dsink = empty(heads).zero_()
         self.arithmetic = {**_widths(query, key, v_dim, shared), **options(query, scale)}
-        self.row_tile = _tile("sparse_attention_rows", query, key, v_dim)
-        self.key_tile = _tile("sparse_attention_keys", query, key, v_dim)
+        self.row_cut = _cut("attention_rows", query, key)
+        self.key_cut = _cut("attention_keys", query, key)
         self.strides = *query.stride(), *key.stride(), *self.values.stride()
 
     def rows(self, dq: Tensor | None, g: Tensor, rows: tuple[int, int]) -> None:
         """Make what each row needs, and its dq."""
         key_heads = self.key.shape[2]
-        grid = rows[1] - rows[0], key_heads * triton.cdiv(self.query.shape[2] // key_heads, self.row_tile["BH"])
+        grid = rows[1] - rows[0], key_heads * triton.cdiv(self.query.shape[2] // key_heads, self.row_cut["BH"])
         _row_gradients[grid](
             dq, self.lse, self.mean, self.reach, g, self.query, self.key, self.values, self.sink, self.picks.picks,
             rows[0], self.sq, self.walk.topk, self.scale, *strides(dq, 4), *g.stride(), *self.strides,
-            **self.arithmetic, **self.row_tile,
+            **self.arithmetic, **self.row_cut,
         )  # fmt: skip
 
     def sinks(self, rows: tuple[int, int]) -> None:
@@ -541,12 +544,12 @@ class _Backward:
             some, count = slice(*slab), slab[1] - slab[0]
             for span in blocks(walk.topk, walk.span):
                 self.scatter.place(self.picks.picks[some], span)
-                _spread[(count, triton.cdiv(span[1] - span[0], self.key_tile["BN"]), key_heads)](
+                _spread[(count, triton.cdiv(span[1] - span[0], self.key_cut["BN"]), key_heads)](
                     self.dkeys, self.dvalues, self.lse[some], self.mean[some],
                     None if self.reach is None else self.reach[some],
                     g, self.query, self.key, self.values, self.picks.picks[some],
                     rows[0] + slab[0], *span, self.sq, walk.topk, walk.span, self.query.shape[2] // key_heads, self.scale, *g.stride(), *self.strides,
-                    **self.arithmetic, **self.key_tile, MERGED=self.merged, TURNED=self.key_tile["BH"] >= 64,
+                    **self.arithmetic, **self.key_cut, MERGED=self.merged, TURNED=self.key_cut["BH"] >= TURNING,
                 )  # fmt: skip
                 if dk is not None and self.dkeys is not None:
                     self.scatter.collect(dk, self.dkeys, count)
@@ -587,7 +590,9 @@ def _blocks(width: int) -> dict[str, int]:
     return {"S": size, "N": first // size, "R": rest, "P": first // size + (rest > 0)}
 
 
-def _tile(kernel: str, query: Tensor, key: Tensor, v_dim: int) -> dict[str, int]:
+def _cut(kernel: str, query: Tensor, key: Tensor) -> dict[str, int]:
+    """Return tile and launch of a kernel, as its constants."""
     group = query.shape[2] // key.shape[2]
-    heads = max(16, triton.next_power_of_2(group))
-    return {"BH": min(32, heads), "BN": 32, "STAGES": 2, "num_warps": 8 if query.shape[3] > 256 else 4}
+    row = tile(kernel, arch_of(query.device), query.dtype, query.shape[3], group)
+    heads = min(row.rows, max(NARROWEST, triton.next_power_of_2(group)))
+    return {"BH": heads, "BN": row.keys, "STAGES": row.stages, "num_warps": row.warps}

@@ -14,13 +14,16 @@ from torch import Tensor
 
 from headfold.backends.triton.picks import Picks, Scatter, picked, strides
 from headfold.backends.triton.operands import factor, matrix, options, power_of_two, put, rounded
-from headfold.backends.triton.products import pieces, product
+from headfold.backends.triton.products import NARROWEST, pieces, product
+from headfold.backends.triton.table import arch_of, tile
 from headfold.backends.triton.visible import bias_strides, bound_strides, row_bounds
 from headfold.contract import compute_dtype
 from headfold.scatter_tiles import ScatterTile
 from headfold.tiles import blocks
 
 NEG_INF = float("-inf")
+# Blocks of picks that one program scores, to be worth the load of its queries.
+PICK_BLOCKS = 8
 
 
 
@@ -301,8 +304,11 @@ def _spread(
         put(spread, places, live, 1, x1, D0, D1, D)
 
 
-def scatter_tile_of(q: Tensor, k: Tensor, indices: Tensor) -> ScatterTile:
-    """Return the tile of a backward walk over batch-first q [b, sq, h, d], k [b, sk, d] and indices [b, sq, topk]."""
+def gather_tile_of(q: Tensor, k: Tensor, indices: Tensor, relu: bool) -> ScatterTile:
+    """Return the tile of a backward walk over batch-first q [b, sq, h, d], k [b, sk, d] and indices [b, sq, topk].
+
+    A forward takes no scratch, and what a backward takes does not depend on the activation.
+    """
     size = compute_dtype(q.dtype).itemsize
     shape = q.shape[1], k.shape[1], indices.shape[2], q.shape[3]
     return ScatterTile.of(*shape, size, beside=size, held=4 if q.dtype == torch.float16 else 0)
@@ -329,13 +335,13 @@ def selected_scores(
         return out.fill_(NEG_INF)
     if out.numel() == 0:
         return out
-    widths, tile = _widths(q), _tile("selected_scores", q)
-    grid = sq, triton.cdiv(topk, tile["BN"] * PICK_BLOCKS), b
+    cut = _cut("selected_scores", q)
+    grid = sq, triton.cdiv(topk, cut["BN"] * PICK_BLOCKS), b
     _scores[grid](
         out, q, weights, k, indices, start, end, bias,
         sk, topk, offset or 0, scale,
         *q.stride(), *strides(weights, 3), *k.stride(), *indices.stride(), *bound_strides(start), *bound_strides(end), *bias_strides(bias),
-        **widths, **tile, **options(q, scale), BLOCKS=PICK_BLOCKS, RELU=relu, RATIO=ratio, STATIC=offset is not None,
+        **cut, **options(q, scale), BLOCKS=PICK_BLOCKS, RELU=relu, RATIO=ratio, STATIC=offset is not None,
     )  # fmt: skip
     return out
 
@@ -362,15 +368,15 @@ def selected_scores_backward(
     dk = torch.zeros(k.shape, dtype=k.dtype, device=k.device) if needs[2] else None
     if k.shape[1] == 0 or indices.numel() == 0:
         return dq, dweights, dk
-    arithmetic = {**_widths(q), **options(q, scale), "RELU": relu}
+    arithmetic = {**options(q, scale), "RELU": relu}
     if dq is not None or dweights is not None:
-        tile = _tile("selected_scores_rows", q)
-        _row_gradients[(sq, triton.cdiv(q.shape[2], arithmetic["BH"]), b)](
+        cut = _cut("selected_rows", q)
+        _row_gradients[(sq, triton.cdiv(q.shape[2], cut["BH"]), b)](
             dq, dweights, g, q, weights, k, indices, start, end, bias,
             k.shape[1], topk, offset or 0, scale,
             *strides(dq, 4), *strides(dweights, 3), *g.stride(), *q.stride(), *strides(weights, 3), *k.stride(),
             *indices.stride(), *bound_strides(start), *bound_strides(end), *bias_strides(bias),
-            **arithmetic, **tile, RATIO=ratio, STATIC=offset is not None,
+            **arithmetic, **cut, RATIO=ratio, STATIC=offset is not None,
         )  # fmt: skip
     if dk is not None:
         _key_gradients(dk, g, q, weights, k, indices, (start, end, bias, offset, ratio), arithmetic, scale)
@@ -389,7 +395,7 @@ def _key_gradients(
     scale: float,
 ) -> None:
     """Write dk, slab by slab of rows, in the compute dtype and cast once."""
-    dtype, walk, tile = compute_dtype(q.dtype), scatter_tile_of(q, k, indices), _tile("selected_scores_keys", q)
+    dtype, walk, cut = compute_dtype(q.dtype), gather_tile_of(q, k, indices, True), _cut("selected_keys", q)
     picks, scatter = Picks(walk, q, dtype=dtype, ranged=q.dtype == torch.float16), Scatter(walk, q)
     assert picks.sums is not None
     spread = torch.empty(walk.rows, 1, walk.span, q.shape[3], dtype=dtype, device=q.device)
@@ -404,10 +410,10 @@ def _key_gradients(
                 rows = slice(*slab)
                 for span in blocks(walk.topk, walk.span):
                     scatter.place(picks.picks[rows], span)
-                    _spread[(slab[1] - slab[0], triton.cdiv(span[1] - span[0], tile["BN"]))](
+                    _spread[(slab[1] - slab[0], triton.cdiv(span[1] - span[0], cut["BN"]))](
                         spread, picks.picks[rows], picks.sums[rows], None if picks.largest is None else picks.largest[rows],
                         q[i], w, k[i], block[0] + slab[0], *span, walk.topk, walk.span,
-                        *q[i].stride(), *strides(w, 2), *k[i].stride(), **arithmetic, **tile,
+                        *q[i].stride(), *strides(w, 2), *k[i].stride(), **arithmetic, **cut,
                     )  # fmt: skip
                     scatter.collect(total.unsqueeze(0), spread, slab[1] - slab[0])
         if cast is not None:
@@ -419,14 +425,10 @@ def batch_element(x: Tensor | None, i: int) -> Tensor | None:
     return None if x is None else x[i if x.shape[0] > 1 else 0]
 
 
-def _widths(q: Tensor) -> dict[str, int]:
+def _cut(kernel: str, q: Tensor) -> dict[str, int]:
+    """Return sizes, tile and launch of a kernel, as its constants."""
     h, d = q.shape[2:]
-    d0, d1 = pieces(d)
-    return {"H": h, "D": d, "D0": d0, "D1": d1, "BH": min(64, max(16, triton.next_power_of_2(h)))}
-
-
-def _tile(kernel: str, q: Tensor) -> dict[str, int]:
-    return {"BN": 32 if q.device.type == "cpu" else 64, "STAGES": 2, "num_warps": 4}
-
-
-PICK_BLOCKS = 8
+    row, (d0, d1) = tile(kernel, arch_of(q.device), q.dtype, d, h), pieces(d)
+    heads = min(row.rows, max(NARROWEST, triton.next_power_of_2(h)))
+    sizes = {"H": h, "D": d, "D0": d0, "D1": d1, "BH": heads, "BN": row.keys}
+    return {**sizes, "STAGES": row.stages, "num_warps": row.warps}

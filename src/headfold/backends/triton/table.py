@@ -39,6 +39,13 @@ TABLE: tuple[Row, ...] = (
     Row("query_gradients", "cpu", "*", ANY, ANY, 128, 64, 4, 1),
     Row("key_gradients", "cpu", "*", ANY, ANY, 128, 64, 4, 1),
     Row("fold", "cpu", "*", ANY, ANY, 64, 0, 4, 1),
+    # Of gathered kernels `rows` are the heads of one row, and `keys` its picks.
+    Row("selected_scores", "cpu", "*", ANY, ANY, 64, 64, 4, 1),
+    Row("selected_rows", "cpu", "*", ANY, ANY, 64, 64, 4, 1),
+    Row("selected_keys", "cpu", "*", ANY, ANY, 64, 64, 4, 1),
+    Row("attention", "cpu", "*", ANY, ANY, 32, 64, 4, 1),
+    Row("attention_rows", "cpu", "*", ANY, ANY, 32, 64, 4, 1),
+    Row("attention_keys", "cpu", "*", ANY, ANY, 64, 64, 4, 1),
 )
 KINDS = {torch.float16: "half", torch.bfloat16: "half", torch.float32: "float32", torch.float64: "float64"}
 
