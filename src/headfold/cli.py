@@ -26,6 +26,8 @@ from headfold.lanes import report
 from headfold.lanes.agree import agree as run_agree
 from headfold.lanes.agree import at_dtypes, from_files
 from headfold.lanes.capture import capture as run_capture
+from headfold.lanes.compiling import compiled as run_compiled
+from headfold.lanes.compiling import write as write_compiled
 from headfold.lanes.doctor import doctor as run_doctor
 from headfold.lanes.parity import parity as run_parity
 from headfold.lanes.plan import plan as run_plan
@@ -256,9 +258,25 @@ def agree(
 
 
 @app.command()
-def doctor(as_json: Json = False) -> None:
+def doctor(
+    compile_: Annotated[
+        bool, typer.Option("--compile", help="Compile every kernel for chips that need not be here, and judge it.")
+    ] = False,
+    arch: Annotated[
+        list[str] | None, typer.Option(help="sm_80, sm_90, sm_100 or gfx942, more than once; all when not given.")
+    ] = None,
+    page: Annotated[Path | None, typer.Option(help="Write what was compiled into this page, between markers.")] = None,
+    as_json: Json = False,
+) -> None:
     """Versions, devices, and which implementation each kind of call gets and why."""
-    _finish([run_doctor()], as_json)
+    if not compile_:
+        if arch or page is not None:
+            raise ValueError("--arch, --page: need --compile, got one of them without it.")
+        _finish([run_doctor()], as_json)
+    lane = run_compiled(tuple(arch or ()), track=_track(as_json))
+    if page is not None:
+        write_compiled(page, lane)
+    _finish([lane], as_json)
 
 
 def _geometry(

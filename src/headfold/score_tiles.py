@@ -5,8 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 MIB = 1 << 20
-# Heads of one launch. A row of queries and a tile of logits have to fit one program; more heads are more launches.
-MOST_HEADS = 128
 # Queries folded over heads, of one slab of rows: all that is multiplied when there is no activation.
 _FOLDED_BYTES = 4 * MIB
 # Programs that keep a large chip busy. Fewer blocks of keys than that share out the rows, each part with sums of its
@@ -58,8 +56,8 @@ class ScoreTile:
 
     @property
     def writes_once(self) -> bool:
-        """Whether one launch makes all of dk, which is then written in its own dtype, with no sum beside it."""
-        return self.parts == 1 and 0 < self.sq <= self.slab_rows and (not self.relu or self.h <= MOST_HEADS)
+        """Whether dk is made at once: of all rows in one sum, which can be written in dk's own dtype."""
+        return self.parts == 1 and 0 < self.sq <= self.slab_rows
 
     @property
     def forward_bytes(self) -> int:

@@ -244,10 +244,10 @@ def key_gradients(
     if start is not None or end is not None:
         before = sq * 1
         behind = sq * 0
-        for row in range(first_row // SCAN * SCAN, last_row, SCAN):
-            some = row + tl.arange(0, SCAN)
-            low, high = row_bounds(some, some < sq, sk, start, end, start_row, end_row, offset, RATIO, HAS_OFFSET)
-            sees = (low < high) & (low < first_of + KEYS) & (high > first_of)
+        for scanned in range(first_row // SCAN * SCAN, last_row, SCAN):
+            some = scanned + tl.arange(0, SCAN)
+            begin, stop = row_bounds(some, some < sq, sk, start, end, start_row, end_row, offset, RATIO, HAS_OFFSET)
+            sees = (begin < stop) & (begin < first_of + KEYS) & (stop > first_of)
             before = tl.minimum(before, tl.min(tl.where(sees, some, sq), 0))
             behind = tl.maximum(behind, tl.max(tl.where(sees, some + 1, 0), 0))
         first_row = before

@@ -22,13 +22,14 @@ TARGETS = {
 }
 # Bytes of shared memory that one program may take. The compiler does not hold its results to this.
 SHARED = {"sm_80": 163 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024, "gfx942": 64 * 1024}
-# What a tensor core's instruction is called, in the assembly that is looked at.
+# Matrix instructions by name, in the assembly that is looked at, the one that a chip is to use first.
 MATRIX = {
-    "sm_80": r"mma\.sync",
-    "sm_90": r"wgmma\.mma_async",
-    "sm_100": r"tcgen05\.mma",
-    "gfx942": r"v_mfma",
+    "sm_80": ("mma.sync",),
+    "sm_90": ("wgmma.mma_async", "mma.sync"),
+    "sm_100": ("tcgen05.mma", "mma.sync"),
+    "gfx942": ("v_mfma",),
 }
+VERSION = triton.__version__
 ALIGNED = [["tt.divisibility", 16]]
 
 
@@ -52,12 +53,12 @@ class Specimen:
 
 @dataclass(frozen=True)
 class Compiled:
-    """What the compiler made: registers a thread, spilled bytes, shared bytes, and matrix instructions."""
+    """What the compiler made: registers a thread, spilled bytes, shared bytes, and counts of matrix instructions."""
 
     registers: int
     spilled: int
     shared: int
-    matrix: int
+    matrix: dict[str, int]
     seconds: float
 
     def breaches(self, specimen: Specimen, arch: str) -> list[str]:
@@ -67,8 +68,8 @@ class Compiled:
             found.append(f"spills {self.spilled} bytes")
         if self.shared > SHARED[arch]:
             found.append(f"needs {self.shared} bytes of shared memory, {arch} has {SHARED[arch]}")
-        if specimen.matrix and not self.matrix:
-            found.append(f"has no {MATRIX[arch].replace(chr(92), '')}")
+        if specimen.matrix and MATRIX[arch][0] not in self.matrix:
+            found.append(f"has no {MATRIX[arch][0]}")
         return found
 
     def programs_per_core(self, specimen: Specimen, arch: str) -> int:
@@ -104,7 +105,8 @@ def _inspect(kernel: Any, arch: str, seconds: float) -> Compiled:
     else:
         assembly = kernel.asm["ptx"]
         registers, spilled = _usage(kernel.asm["cubin"])
-    return Compiled(registers, spilled, shared, len(re.findall(MATRIX[arch], assembly)), seconds)
+    counts = {name: len(re.findall(r"\b" + re.escape(name), assembly)) for name in MATRIX[arch]}
+    return Compiled(registers, spilled, shared, {name: n for name, n in counts.items() if n}, seconds)
 
 
 def _field(assembly: str, name: str) -> int:

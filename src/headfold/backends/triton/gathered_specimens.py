@@ -59,7 +59,10 @@ def gathered_specimen(row: Row, dtype: torch.dtype, *, h: int = 0, d: int = 0, v
         keys, values = attention._blocks(d), attention._blocks(v)
         shared = d == 576
         constants |= {f"D{n}": x for n, x in keys.items()} | {f"V{n}": x for n, x in values.items()}
-        constants |= {"H": h, "GROUP": h, "D": d, "V": v, "REUSE": shared, "MERGED": False}
+        constants |= {"H": h, "GROUP": h, "D": d, "V": v, "REUSE": shared}
+        constants["MERGED"] = shared and dtype != torch.float16
+        if constants["MERGED"]:
+            constants["dvalues"] = None
         constants |= {"TURNED": constants["BH"] >= attention.TURNING, "sink": None}
     else:
         d0, d1 = pieces(d)
@@ -70,7 +73,8 @@ def gathered_specimen(row: Row, dtype: torch.dtype, *, h: int = 0, d: int = 0, v
     pointers |= dict.fromkeys("lse mean dkeys dvalues spread sums".split(), compute)
     pointers |= {"indices": "i32", "picks": "i32"}
     if attends:
-        constants["lse" if row.kernel == "attention" else ""] = None
+        if row.kernel == "attention":
+            constants["lse"] = None
     else:
         pointers |= {"w": compute, "out": compute, "g": compute, "dw": compute}
     for scale in ("reach", "largest"):

@@ -15,6 +15,7 @@ from headfold.backends.triton.products import ACCUMULATORS, pieces, precision
 from headfold.backends.triton.table import Row, arch_of, tile
 from headfold.backends.triton.visible import bias_strides, bound_strides, rows_of
 from headfold.contract import compute_dtype
+from headfold.tiles import blocks
 
 # Programs that keep a large chip busy; a block of rows shares its keys out where there are fewer.
 _PROGRAMS = 528
@@ -55,7 +56,14 @@ class Slab(NamedTuple):
 
     def row(self, kernel: str) -> Row:
         """Return the tile of a kernel on this slab."""
-        return tile(kernel, arch_of(self.q.device), self.q.dtype, self.q.shape[3], self.q.shape[2])
+        h = self.q.shape[2]
+        if kernel == "scores" and self.bias is not None:
+            h = min(h, 16)  # a bias takes registers, as the larger tiles of few heads do
+        return tile(kernel, arch_of(self.q.device), self.q.dtype, self.q.shape[3], h)
+
+    def groups(self, kernel: str) -> list[tuple[int, int]]:
+        """Return the (first, end) heads of each launch: no more than the rows of the kernel's tile."""
+        return list(blocks(self.q.shape[2], self.row(kernel).rows))
 
     def arguments(self) -> tuple[Any, ...]:
         """Return what every kernel takes after its results: tensors, sizes and the scale."""

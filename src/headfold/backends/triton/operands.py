@@ -28,7 +28,7 @@ def options(like: torch.Tensor, scale: float) -> dict[str, object]:
 @triton.jit
 def rounded(x, DTYPE: tl.constexpr, UPCAST: tl.constexpr):
     """Cast x to nearest even; by its bits in the interpreter, whose casts to bfloat16 cut off."""
-    if UPCAST:
+    if UPCAST and DTYPE == tl.bfloat16:
         bits = x.to(tl.float32).to(tl.int32, bitcast=True)
         near = (bits + 0x7FFF + ((bits >> 16) & 1)) & -65536
         finite = (bits & 0x7F800000) != 0x7F800000

@@ -18,7 +18,7 @@ from headfold.backends.triton.launches import (
     launch_unfold,
 )
 from headfold.contract import compute_dtype
-from headfold.score_tiles import MOST_HEADS, ScoreTile
+from headfold.score_tiles import ScoreTile
 from headfold.tiles import blocks
 
 
@@ -61,12 +61,13 @@ def index_scores_backward(
     dq = torch.empty_like(q) if needs[0] else None
     dweights = torch.empty_like(weights) if needs[1] and weights is not None else None
     dk = empty_rows_like(k) if needs[2] else None
+    slab = Slab(q, weights, k, start, end, bias, offset, ratio, scale)
+    once = tile_of(q, k, relu).writes_once and (not relu or len(slab.groups("key_gradients")) == 1)
     total, add = dk, False
-    if dk is not None and not tile_of(q, k, relu).writes_once:
+    if dk is not None and not once:
         dtype = compute_dtype(k.dtype)
         total = (dk if dk.dtype == dtype else torch.empty_like(dk, dtype=dtype)).zero_()
         add = True
-    slab = Slab(q, weights, k, start, end, bias, offset, ratio, scale)
     _gradients(g, slab, dq, dweights, total, relu=relu, add=add)
     if dk is not None and total is not None and total is not dk:
         dk.copy_(total)
@@ -94,8 +95,8 @@ def fill_scores(
     slab = Slab(q, weights, k, start, end, bias, offset, ratio, scale)
     with torch.cuda.device_of(q):
         if relu:
-            for first, end_head in blocks(q.shape[2], MOST_HEADS):
-                launch_scores(out, slab.heads(first, end_head), relu=True, add=first > 0)
+            for heads in slab.groups("scores"):
+                launch_scores(out, slab.heads(*heads), relu=True, add=heads[0] > 0)
         else:
             for rows, folded in _folded(slab):
                 launch_scores(out[:, slice(*rows)], slab.folded(folded, *rows), relu=False)
@@ -140,12 +141,12 @@ def _gradients(
         if not relu:
             _folded_gradients(g, slab, dq, dweights, dk, add=add, parts=parts)
             return
-        for first, end in blocks(q.shape[2], MOST_HEADS):
-            some = slab.heads(first, end)
+        for first, end in slab.groups("query_gradients"):
             dquery, dfactors = (None if x is None else x[:, :, first:end] for x in (dq, dweights))
-            launch_query_gradients(dquery, dfactors, g, some, relu=True)
-            if dk is not None:
-                launch_key_gradients(dk, g, some, relu=True, add=add or first > 0, parts=parts)
+            launch_query_gradients(dquery, dfactors, g, slab.heads(first, end), relu=True)
+        if dk is not None:
+            for first, end in slab.groups("key_gradients"):
+                launch_key_gradients(dk, g, slab.heads(first, end), relu=True, add=add or first > 0, parts=parts)
 
 
 def _folded_gradients(

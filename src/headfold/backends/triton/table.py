@@ -1,10 +1,10 @@
 """Tiles as data: one row a kernel, architecture, dtype, width and number of heads. Correct a row, and nothing else.
 
-A row is found by its kernel, then the chip, the dtype, the smallest `d` that covers the call's width and the smallest
-`h` that covers its heads. Sizes that a kernel calls BLOCK_... are in the row by these names:
+A row is for a kernel, a chip ("*": any), a dtype ("half": float16 and bfloat16), widths up to d and up to h heads. What
+it says:
 
-    rows    query rows x heads of one program's tile
-    keys    keys of its tile
+    rows             query rows x heads of one program's tile; more heads than that are several launches
+    keys             keys of the tile
     warps, stages    of the launch
 """
 
@@ -33,19 +33,132 @@ class Row(NamedTuple):
     stages: int
 
 
-# Read off the compile lane: no spills, shared memory within the chip, tensor cores in use (docs/kernels.md).
-TABLE: tuple[Row, ...] = (
-    Row("scores", "cpu", "*", ANY, ANY, 128, 64, 4, 1),
-    Row("query_gradients", "cpu", "*", ANY, ANY, 128, 64, 4, 1),
-    Row("key_gradients", "cpu", "*", ANY, ANY, 128, 64, 4, 1),
-    Row("fold", "cpu", "*", ANY, ANY, 64, 0, 4, 1),
-    # Of gathered kernels `rows` are the heads of one row, and `keys` its picks.
-    Row("selected_scores", "cpu", "*", ANY, ANY, 64, 64, 4, 1),
-    Row("selected_rows", "cpu", "*", ANY, ANY, 64, 64, 4, 1),
-    Row("selected_keys", "cpu", "*", ANY, ANY, 64, 64, 4, 1),
-    Row("attention", "cpu", "*", ANY, ANY, 32, 64, 4, 1),
-    Row("attention_rows", "cpu", "*", ANY, ANY, 32, 64, 4, 1),
-    Row("attention_keys", "cpu", "*", ANY, ANY, 64, 64, 4, 1),
+# Read off the compile lane: no spills, shared memory within the chip, tensor cores in use (docs/kernels.md). The first
+# row that covers a call is its row.
+TABLE = (
+    # kernel, arch, dtype, d, h, rows, keys, warps, stages
+    # The interpreter's: few steps of Python.
+    Row("scores", "cpu", "*", 256, ANY, 128, 64, 4, 1),
+    Row("query_gradients", "cpu", "*", 256, ANY, 128, 64, 4, 1),
+    Row("key_gradients", "cpu", "*", 256, ANY, 128, 64, 4, 1),
+    Row("fold", "cpu", "*", 256, ANY, 64, 0, 4, 1),
+    Row("selected_scores", "cpu", "*", 256, ANY, 64, 64, 4, 1),
+    Row("selected_rows", "cpu", "*", 256, ANY, 64, 64, 4, 1),
+    Row("selected_keys", "cpu", "*", 256, ANY, 64, 64, 4, 1),
+    Row("attention", "cpu", "*", 576, ANY, 32, 64, 4, 1),
+    Row("attention_rows", "cpu", "*", 576, ANY, 32, 64, 4, 1),
+    Row("attention_keys", "cpu", "*", 576, ANY, 64, 64, 4, 1),
+    Row("scores", "sm_80", "half", 128, 2, 64, 64, 4, 2),
+    Row("scores", "sm_80", "half", 128, ANY, 128, 64, 4, 2),
+    Row("scores", "sm_80", "half", 256, ANY, 64, 64, 4, 2),
+    Row("query_gradients", "sm_80", "half", 128, ANY, 64, 64, 4, 2),
+    Row("query_gradients", "sm_80", "half", 256, ANY, 64, 32, 8, 2),
+    Row("key_gradients", "sm_80", "half", 128, ANY, 128, 64, 8, 2),
+    Row("key_gradients", "sm_80", "half", 256, ANY, 32, 64, 8, 2),
+    Row("scores", "sm_90", "half", 128, 2, 64, 64, 4, 2),
+    Row("scores", "sm_90", "half", 128, 16, 128, 64, 4, 2),
+    Row("scores", "sm_90", "half", 128, ANY, 256, 64, 4, 2),
+    Row("scores", "sm_90", "half", 256, ANY, 128, 64, 4, 2),
+    Row("query_gradients", "sm_90", "half", 128, ANY, 128, 64, 8, 3),
+    Row("query_gradients", "sm_90", "half", 256, ANY, 64, 64, 8, 2),
+    Row("key_gradients", "sm_90", "half", 128, ANY, 64, 128, 8, 3),
+    Row("key_gradients", "sm_90", "half", 256, ANY, 32, 64, 8, 2),
+    Row("scores", "sm_100", "half", 128, 16, 128, 64, 8, 2),
+    Row("scores", "sm_100", "half", 128, ANY, 256, 64, 8, 2),
+    Row("scores", "sm_100", "half", 256, ANY, 128, 64, 8, 2),
+    Row("query_gradients", "sm_100", "half", 128, ANY, 128, 64, 8, 3),
+    Row("query_gradients", "sm_100", "half", 256, ANY, 64, 64, 8, 2),
+    Row("key_gradients", "sm_100", "half", 128, ANY, 64, 128, 8, 3),
+    Row("key_gradients", "sm_100", "half", 256, ANY, 32, 64, 8, 2),
+    Row("scores", "gfx942", "half", 128, ANY, 128, 64, 4, 1),
+    Row("scores", "gfx942", "half", 256, ANY, 64, 64, 4, 1),
+    Row("query_gradients", "gfx942", "half", 128, ANY, 64, 64, 4, 1),
+    Row("query_gradients", "gfx942", "half", 256, ANY, 64, 32, 8, 1),
+    Row("key_gradients", "gfx942", "half", 128, ANY, 64, 64, 4, 1),
+    Row("key_gradients", "gfx942", "half", 256, ANY, 32, 64, 8, 1),
+    # Gathered kernels: `rows` are heads of one row (of one key head), `keys` its picks.
+    Row("selected_scores", "sm_80", "half", 128, ANY, 64, 64, 4, 2),
+    Row("selected_scores", "sm_80", "half", 256, ANY, 64, 64, 4, 2),
+    Row("selected_rows", "sm_80", "half", 128, ANY, 32, 64, 4, 2),
+    Row("selected_rows", "sm_80", "half", 256, ANY, 32, 64, 4, 2),
+    Row("selected_keys", "sm_80", "half", 128, ANY, 64, 64, 4, 1),
+    Row("selected_keys", "sm_80", "half", 256, ANY, 64, 64, 8, 1),
+    Row("attention", "sm_80", "half", 128, ANY, 16, 64, 4, 2),
+    Row("attention", "sm_80", "half", 256, ANY, 16, 64, 8, 2),
+    Row("attention_rows", "sm_80", "half", 128, ANY, 16, 64, 4, 2),
+    Row("attention_rows", "sm_80", "half", 256, ANY, 16, 64, 8, 2),
+    Row("attention_keys", "sm_80", "half", 128, ANY, 16, 64, 4, 1),
+    Row("attention_keys", "sm_80", "half", 256, ANY, 16, 32, 8, 1),
+    Row("attention", "sm_80", "half", 576, ANY, 16, 32, 8, 1),
+    Row("attention_rows", "sm_80", "half", 576, ANY, 16, 32, 8, 1),
+    Row("attention_keys", "sm_80", "half", 576, ANY, 16, 32, 8, 1),
+    Row("selected_scores", "sm_90", "half", 128, ANY, 64, 64, 4, 2),
+    Row("selected_scores", "sm_90", "half", 256, ANY, 64, 64, 4, 2),
+    Row("selected_rows", "sm_90", "half", 128, ANY, 64, 64, 4, 2),
+    Row("selected_rows", "sm_90", "half", 256, ANY, 32, 64, 4, 2),
+    Row("selected_keys", "sm_90", "half", 128, ANY, 64, 64, 4, 1),
+    Row("selected_keys", "sm_90", "half", 256, ANY, 64, 64, 8, 1),
+    Row("attention", "sm_90", "half", 128, ANY, 32, 64, 4, 2),
+    Row("attention", "sm_90", "half", 256, ANY, 16, 64, 4, 2),
+    Row("attention_rows", "sm_90", "half", 128, ANY, 16, 64, 4, 2),
+    Row("attention_rows", "sm_90", "half", 256, ANY, 16, 64, 8, 2),
+    Row("attention_keys", "sm_90", "half", 128, ANY, 16, 64, 4, 1),
+    Row("attention_keys", "sm_90", "half", 256, ANY, 16, 64, 8, 1),
+    Row("attention", "sm_90", "half", 576, ANY, 32, 64, 8, 2),
+    Row("attention_rows", "sm_90", "half", 576, ANY, 16, 64, 8, 2),
+    Row("attention_keys", "sm_90", "half", 576, ANY, 64, 16, 4, 1),
+    Row("selected_scores", "sm_100", "half", 128, ANY, 64, 64, 4, 2),
+    Row("selected_scores", "sm_100", "half", 256, ANY, 64, 64, 4, 2),
+    Row("selected_rows", "sm_100", "half", 128, ANY, 64, 64, 4, 2),
+    Row("selected_rows", "sm_100", "half", 256, ANY, 32, 64, 4, 2),
+    Row("selected_keys", "sm_100", "half", 128, ANY, 64, 64, 4, 1),
+    Row("selected_keys", "sm_100", "half", 256, ANY, 64, 64, 8, 1),
+    Row("attention", "sm_100", "half", 128, ANY, 32, 64, 4, 2),
+    Row("attention", "sm_100", "half", 256, ANY, 16, 64, 4, 2),
+    Row("attention_rows", "sm_100", "half", 128, ANY, 16, 64, 4, 2),
+    Row("attention_rows", "sm_100", "half", 256, ANY, 16, 64, 8, 2),
+    Row("attention_keys", "sm_100", "half", 128, ANY, 16, 64, 4, 1),
+    Row("attention_keys", "sm_100", "half", 256, ANY, 16, 64, 8, 1),
+    Row("attention", "sm_100", "half", 576, ANY, 32, 64, 8, 2),
+    Row("attention_rows", "sm_100", "half", 576, ANY, 16, 64, 8, 2),
+    Row("attention_keys", "sm_100", "half", 576, ANY, 64, 16, 4, 1),
+    Row("selected_scores", "gfx942", "half", 128, ANY, 64, 64, 4, 1),
+    Row("selected_scores", "gfx942", "half", 256, ANY, 64, 64, 4, 1),
+    Row("selected_rows", "gfx942", "half", 128, ANY, 32, 64, 4, 1),
+    Row("selected_rows", "gfx942", "half", 256, ANY, 32, 64, 4, 1),
+    Row("selected_keys", "gfx942", "half", 128, ANY, 64, 64, 4, 1),
+    Row("selected_keys", "gfx942", "half", 256, ANY, 64, 64, 8, 1),
+    Row("attention", "gfx942", "half", 128, ANY, 16, 64, 4, 1),
+    Row("attention", "gfx942", "half", 256, ANY, 16, 64, 8, 1),
+    Row("attention_rows", "gfx942", "half", 128, ANY, 16, 64, 4, 1),
+    Row("attention_rows", "gfx942", "half", 256, ANY, 16, 64, 8, 1),
+    Row("attention_keys", "gfx942", "half", 128, ANY, 16, 64, 4, 1),
+    Row("attention_keys", "gfx942", "half", 256, ANY, 16, 64, 8, 1),
+    Row("attention", "gfx942", "half", 576, ANY, 16, 32, 8, 1),
+    Row("attention_rows", "gfx942", "half", 576, ANY, 16, 32, 8, 1),
+    Row("attention_keys", "gfx942", "half", 576, ANY, 16, 32, 8, 1),
+    Row("selected_scores", "*", "float32", 256, ANY, 16, 16, 8, 1),
+    Row("selected_scores", "*", "float64", 256, ANY, 16, 16, 8, 1),
+    Row("selected_rows", "*", "float32", 256, ANY, 16, 16, 8, 1),
+    Row("selected_rows", "*", "float64", 256, ANY, 16, 16, 8, 1),
+    Row("selected_keys", "*", "float32", 256, ANY, 16, 16, 8, 1),
+    Row("selected_keys", "*", "float64", 256, ANY, 16, 16, 8, 1),
+    Row("attention", "*", "float32", 576, ANY, 16, 16, 8, 1),
+    Row("attention", "*", "float64", 576, ANY, 16, 16, 8, 1),
+    Row("attention_rows", "*", "float32", 576, ANY, 16, 16, 8, 1),
+    Row("attention_rows", "*", "float64", 576, ANY, 16, 16, 8, 1),
+    Row("attention_keys", "*", "float32", 576, ANY, 16, 16, 8, 1),
+    Row("attention_keys", "*", "float64", 576, ANY, 16, 16, 8, 1),
+    # Exact float32 and float64, which have no fast instruction everywhere: small tiles.
+    Row("scores", "*", "float32", 256, ANY, 32, 32, 4, 1),
+    Row("query_gradients", "*", "float32", 128, ANY, 32, 32, 4, 1),
+    Row("query_gradients", "*", "float32", 256, ANY, 32, 32, 8, 1),
+    Row("key_gradients", "*", "float32", 128, ANY, 32, 32, 4, 1),
+    Row("key_gradients", "*", "float32", 256, ANY, 32, 32, 8, 1),
+    Row("scores", "*", "float64", 256, ANY, 16, 16, 4, 1),
+    Row("query_gradients", "*", "float64", 256, ANY, 16, 16, 4, 1),
+    Row("key_gradients", "*", "float64", 256, ANY, 16, 16, 4, 1),
+    Row("fold", "*", "*", 256, ANY, 16, 0, 4, 1),
 )
 KINDS = {torch.float16: "half", torch.bfloat16: "half", torch.float32: "float32", torch.float64: "float64"}
 
