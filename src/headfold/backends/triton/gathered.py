@@ -12,8 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from headfold.backends.triton.picks import Picks, Scatter, picked, strides
 from headfold.backends.triton.operands import factor, matrix, options, power_of_two, put, rounded
+from headfold.backends.triton.picks import Picks, Scatter, picked, strides
 from headfold.backends.triton.products import NARROWEST, pieces, product
 from headfold.backends.triton.table import arch_of, tile
 from headfold.backends.triton.visible import bias_strides, bound_strides, row_bounds
@@ -24,7 +24,6 @@ from headfold.tiles import blocks
 NEG_INF = float("-inf")
 # Blocks of picks that one program scores, to be worth the load of its queries.
 PICK_BLOCKS = 8
-
 
 
 @triton.jit
@@ -340,7 +339,8 @@ def selected_scores(
     _scores[grid](
         out, q, weights, k, indices, start, end, bias,
         sk, topk, offset or 0, scale,
-        *q.stride(), *strides(weights, 3), *k.stride(), *indices.stride(), *bound_strides(start), *bound_strides(end), *bias_strides(bias),
+        *q.stride(), *strides(weights, 3), *k.stride(), *indices.stride(),
+        *bound_strides(start), *bound_strides(end), *bias_strides(bias),
         **cut, **options(q, scale), BLOCKS=PICK_BLOCKS, RELU=relu, RATIO=ratio, STATIC=offset is not None,
     )  # fmt: skip
     return out
@@ -411,7 +411,8 @@ def _key_gradients(
                 for span in blocks(walk.topk, walk.span):
                     scatter.place(picks.picks[rows], span)
                     _spread[(slab[1] - slab[0], triton.cdiv(span[1] - span[0], cut["BN"]))](
-                        spread, picks.picks[rows], picks.sums[rows], None if picks.largest is None else picks.largest[rows],
+                        spread, picks.picks[rows], picks.sums[rows],
+                        None if picks.largest is None else picks.largest[rows],
                         q[i], w, k[i], block[0] + slab[0], *span, walk.topk, walk.span,
                         *q[i].stride(), *strides(w, 2), *k[i].stride(), **arithmetic, **cut,
                     )  # fmt: skip

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 import triton.language as tl
 
-from headfold.backends.triton import attention, gathered, picks
+from headfold.backends.triton import attention, attention_kernels, gathered, picks
 from headfold.backends.triton.compiling import Specimen
 from headfold.backends.triton.products import NARROWEST, pieces
 from headfold.backends.triton.table import KINDS, TABLE, Row
@@ -20,9 +20,9 @@ KERNELS: dict[str, Any] = {
     "selected_scores": gathered._scores,
     "selected_rows": gathered._row_gradients,
     "selected_keys": gathered._spread,
-    "attention": attention._attend,
-    "attention_rows": attention._row_gradients,
-    "attention_keys": attention._spread,
+    "attention": attention_kernels.attend,
+    "attention_rows": attention_kernels.row_gradients,
+    "attention_keys": attention_kernels.spread_gradients,
 }
 POINTERS = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32", torch.float64: "fp64"}
 # Heads and widths that a row of the table stands for where it takes any.
@@ -98,11 +98,18 @@ def _scatters() -> Iterator[Specimen]:
     collected = {"WIDTH": 128, "KEYS": picks.KEYS, "CHANNELS": picks.CHANNELS}
     yield _described("collect", picks._collect, pointers, collected, 4, 1, matrix=False)
     sinks = {"H": 128, "ROWS": attention.SINK_ROWS, "HEADS": attention.SINK_HEADS}
-    yield _described("sinks", attention._sinks, pointers | {"sink": "bf16"}, sinks, 4, 1, matrix=False)
+    yield _described("sinks", attention_kernels.sink_gradients, pointers | {"sink": "bf16"}, sinks, 4, 1, matrix=False)
 
 
 def _described(
-    name: str, kernel: Any, pointers: dict[str, str], constants: dict[str, Any], warps: int, stages: int, *, matrix: bool
+    name: str,
+    kernel: Any,
+    pointers: dict[str, str],
+    constants: dict[str, Any],
+    warps: int,
+    stages: int,
+    *,
+    matrix: bool,
 ) -> Specimen:
     """Return a specimen, given its pointers and constants; strides are multiples of 16, the innermost ones 1."""
     constants = {n: x for n, x in {**dict.fromkeys(ONES, 1), **constants}.items() if n in kernel.arg_names}

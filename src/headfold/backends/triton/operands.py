@@ -10,6 +10,7 @@ from triton.knobs import runtime
 from headfold.backends.triton.products import ACCUMULATORS, precision
 from headfold.contract import compute_dtype
 
+
 def options(like: torch.Tensor, scale: float) -> dict[str, object]:
     """Return what every kernel is told about its arithmetic, by the name of its parameter.
 

@@ -120,9 +120,20 @@ def _place(rowbits, places, picks, first_pick, last_pick, sk, topk, MARKED: tl.c
 
 @triton.jit
 def _collect(
-    total, spread, rowbits, places, groups, sk, span, total_head, total_key, WIDTH: tl.constexpr, KEYS: tl.constexpr, CHANNELS: tl.constexpr
+    total,
+    spread,
+    rowbits,
+    places,
+    groups,
+    sk,
+    span,
+    total_head,
+    total_key,
+    WIDTH: tl.constexpr,
+    KEYS: tl.constexpr,
+    CHANNELS: tl.constexpr,
 ):
-    """Add to total [heads, sk, WIDTH], dense in its last axis, what spread [rows, heads, span, WIDTH] holds of a few keys."""
+    """Add to a few keys of total [heads, sk, WIDTH] what spread [rows, heads, span, WIDTH] holds of them."""
     t = tl.program_id(0) * KEYS + tl.arange(0, KEYS)
     c = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
     head, heads = tl.program_id(2).to(tl.int64), tl.num_programs(2)
@@ -153,7 +164,9 @@ class Picks:
     picks: int32 [rows, topk].   sums: scale · g beside them, when asked for.   largest: float32 [rows], of |sums|.
     """
 
-    def __init__(self, tile: ScatterTile, like: Tensor, *, dtype: torch.dtype | None = None, ranged: bool = False) -> None:
+    def __init__(
+        self, tile: ScatterTile, like: Tensor, *, dtype: torch.dtype | None = None, ranged: bool = False
+    ) -> None:
         def empty(*shape: int, dtype: torch.dtype = torch.int32) -> Tensor:
             return torch.empty(shape, dtype=dtype, device=like.device)
 
@@ -171,7 +184,7 @@ class Picks:
         g: Tensor | None = None,
         scale: float = 1.0,
     ) -> None:
-        """Settle rows of indices [b, sq, topk] and of dscores g, numbered over the batch: row s of element i is i·sq + s.
+        """Settle rows of indices [b, sq, topk] and of dscores g, numbered over the batch: i·sq + s.
 
         ranges: start, end, bias, offset and ratio.
         """

@@ -87,7 +87,7 @@ TABLE = (
     Row("attention", "sm_80", "half", 256, ANY, 16, 64, 8, 2),
     Row("attention_rows", "sm_80", "half", 128, ANY, 16, 64, 4, 2),
     Row("attention_rows", "sm_80", "half", 256, ANY, 16, 64, 8, 2),
-    Row("attention_keys", "sm_80", "half", 128, ANY, 16, 64, 4, 1),
+    Row("attention_keys", "sm_80", "half", 128, ANY, 16, 64, 8, 1),
     Row("attention_keys", "sm_80", "half", 256, ANY, 16, 32, 8, 1),
     Row("attention", "sm_80", "half", 576, ANY, 16, 32, 8, 1),
     Row("attention_rows", "sm_80", "half", 576, ANY, 16, 32, 8, 1),
