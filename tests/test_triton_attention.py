@@ -28,9 +28,9 @@ NEG_INF, NAN = float("-inf"), float("nan")
 kernels = partial(public, impl="triton")
 CASES = [
     Heads(5, 40, 23, heads=4, dim=32, sinks=True, visible="causal"),
-    Heads(3, 40, 20, b=2, heads=6, key_heads=2, dim=80, v=48, visible="ragged"),
-    Heads(3, 30, 70, heads=70, dim=192, v=24, sinks=True, visible="window"),
-    Heads(3, 30, 11, b=2, heads=3, key_heads=3, dim=24, v=136, visible="per batch"),
+    Heads(4, 20, 20, heads=6, key_heads=2, dim=80, v=48, visible="ragged"),
+    Heads(2, 30, 40, heads=34, dim=192, v=24, sinks=True, visible="window"),
+    Heads(2, 30, 11, b=2, heads=2, key_heads=2, dim=24, v=136, visible="per batch"),
 ]
 LATENT = replace(Heads(2, 70, 66, heads=20, dim=576), v=0)
 

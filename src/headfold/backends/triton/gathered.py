@@ -101,7 +101,7 @@ def _scores(
         end += b * end_batch
     if bias is not None:
         bias += b * bias_batch + row * bias_row
-    lo, hi = row_bounds(row, row >= 0, sk, start, end, start_step, end_step, offset, RATIO, STATIC)
+    lo, hi = row_bounds(row, tl.full((), 1, tl.int1), sk, start, end, start_step, end_step, offset, RATIO, STATIC)
     times = factor(scale, SCALE, ACC)
     within = tl.arange(0, BH)
     heads, live_heads = within.to(tl.int64), within < H
@@ -171,7 +171,7 @@ def _row_gradients(
         end += b * end_batch
     if bias is not None:
         bias += b * bias_batch + row * bias_row
-    lo, hi = row_bounds(row, row >= 0, sk, start, end, start_step, end_step, offset, RATIO, STATIC)
+    lo, hi = row_bounds(row, tl.full((), 1, tl.int1), sk, start, end, start_step, end_step, offset, RATIO, STATIC)
     times = factor(scale, SCALE, ACC)
     head = tl.program_id(1) * BH + tl.arange(0, BH)
     heads, live_heads = head.to(tl.int64), head < H

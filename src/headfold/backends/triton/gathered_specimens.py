@@ -25,8 +25,8 @@ KERNELS: dict[str, Any] = {
     "attention_keys": attention_kernels.spread_gradients,
 }
 POINTERS = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32", torch.float64: "fp64"}
-# Heads and widths that a row of the table stands for where it takes any.
-WIDEST, MOST = 256, 64
+# Heads that a row of the table stands for where it takes any.
+MOST = 64
 
 
 def specimens(arch: str) -> Iterator[Specimen]:
@@ -41,7 +41,7 @@ def specimens(arch: str) -> Iterator[Specimen]:
 
 def gathered_specimen(row: Row, dtype: torch.dtype, *, h: int = 0, d: int = 0, v: int = 0) -> Specimen:
     """Return a kernel with the tile of a row; h, d, v: heads (of one key head) and widths, the row's own when 0."""
-    h, d = h or min(row.h, MOST), d or min(row.d, WIDEST)
+    h, d = h or min(row.h, MOST), d or row.d
     attends = row.kernel.startswith("attention")
     wide = tl.float64 if dtype == torch.float64 else tl.float32
     constants: dict[str, Any] = {

@@ -65,7 +65,7 @@ def _settle(
         g += b * g_batch + row * g_row
         sums += r * topk
         times = factor(scale, SCALE, ACC)
-    lo, hi = row_bounds(row, row >= 0, sk, start, end, start_step, end_step, offset, RATIO, STATIC)
+    lo, hi = row_bounds(row, tl.full((), 1, tl.int1), sk, start, end, start_step, end_step, offset, RATIO, STATIC)
     again = tl.zeros((BLOCK,), tl.int32)
     for j0 in range(0, topk, BLOCK):
         j = j0 + tl.arange(0, BLOCK)
