@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -254,7 +255,14 @@ def test_planned_bytes_are_measured_bytes(dtype: torch.dtype, v: int) -> None:
     leaves, indices = case.leaves(dtype), case.indices()
     call = checked(case, leaves, indices)
     plan = load("triton").attention_tile_of(call.query, call.key, call.value, call.indices, call.v_dim, True)
-    forward = allocator_peak(lambda: _attend(call, with_lse=True, backend="triton"), CPU)
+
+    def run() -> Attention:
+        attention = _attend(call, with_lse=True, backend="triton")
+        gc.collect()  # the interpreter leaves arguments in cycles
+        return attention
+
+    run()
+    forward = allocator_peak(run, CPU)
     sizes = sum(x.nbytes for x in forward.result)
     assert LEAST_SHARE * (sizes + plan.forward_bytes) <= forward.peak <= sizes + plan.forward_bytes
     assert forward.left == sizes, "something besides the results is held for backward"
@@ -268,7 +276,7 @@ def test_planned_bytes_are_measured_bytes(dtype: torch.dtype, v: int) -> None:
 @pytest.mark.parametrize("size", [4, 8])
 def test_24_mib_are_enough_for_published_models(size: int) -> None:
     for sk, topk, channels, heads in ((131_072, 2048, 576, 128), (2048, 256, 16 * 128, 16)):
-        tile = scatter_tiles.ScatterTile.of(4096, sk, topk, channels, size, held=heads * (2 * size + 4))
+        tile = scatter_tiles.ScatterTile.of(4096, sk, topk, channels, size, held=heads * (3 * size + 4))
         assert tile.backward_bytes <= 24 * MIB
 
 

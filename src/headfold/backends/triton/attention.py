@@ -1,8 +1,8 @@
 """sparse_attention by kernels: a program holds a row's heads of one key head and gathers the row's keys by blocks.
 
 Forward is an online softmax over settled picks. Backward makes it again, without its values, for what the gradients
-need of a row: lse and the mean of dprobabilities. dq is then made with its row resident, dk and dv pick by pick, and
-`Scatter` adds those up by one writer a key. Nothing is held between forward and backward.
+need of a row: its largest logit, its share and the mean of dprobabilities. dq is then made with its row resident, dk
+and dv pick by pick, and `Scatter` adds those up by one writer a key. Nothing is held between forward and backward.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ def sparse_attention(
     if b * sq == 0:
         return out, lse
     walk, cut = _forward_tile(query, key, indices), _cut("attention", query, key)
-    picks = Picks(walk, query)
+    picks, sink = Picks(walk, query), None if sink is None else sink.contiguous()
     values = key if value is None else value
     grid_heads = key.shape[2] * triton.cdiv(heads // key.shape[2], cut["BH"])
     for rows in blocks(b * sq, walk.block):
@@ -158,11 +158,12 @@ class _Backward:
         def empty(*shape: int) -> Tensor:
             return torch.empty(shape, dtype=dtype, device=query.device)
 
-        self.walk, self.query, self.key, self.sink, self.scale = walk, query, key, sink, scale
+        self.walk, self.query, self.key, self.scale = walk, query, key, scale
+        self.sink = None if sink is None else sink.contiguous()
         self.values, shared = (key, True) if value is None else (value, False)
         self.merged = shared and not ranged
         self.picks, self.scatter = Picks(walk, query), Scatter(walk, query)
-        self.lse, self.mean = empty(walk.block, heads), empty(walk.block, heads)
+        self.top, self.share, self.mean = (empty(walk.block, heads) for _ in range(3))
         self.reach = empty(walk.block, heads) if ranged else None
         slab = walk.rows, key.shape[2], walk.span
         self.dkeys = empty(*slab, query.shape[3]) if want_keys else None
@@ -179,7 +180,8 @@ class _Backward:
         key_heads = self.key.shape[2]
         grid = rows[1] - rows[0], key_heads * triton.cdiv(self.query.shape[2] // key_heads, self.row_cut["BH"])
         row_gradients[grid](
-            dq, self.lse, self.mean, self.reach, g, self.query, self.key, self.values, self.sink, self.picks.picks,
+            dq, self.top, self.share, self.mean, self.reach,
+            g, self.query, self.key, self.values, self.sink, self.picks.picks,
             rows[0], self.sq, self.walk.topk, self.scale, *strides(dq, 4), *g.stride(), *self.strides,
             **self.arithmetic, **self.row_cut,
         )  # fmt: skip
@@ -188,7 +190,15 @@ class _Backward:
         """Add the rows' part of dsink."""
         heads = self.query.shape[2]
         sink_gradients[(triton.cdiv(heads, SINK_HEADS),)](
-            self.dsink, self.lse, self.mean, self.sink, rows[1] - rows[0], H=heads, ROWS=SINK_ROWS, HEADS=SINK_HEADS
+            self.dsink,
+            self.top,
+            self.share,
+            self.mean,
+            self.sink,
+            rows[1] - rows[0],
+            H=heads,
+            ROWS=SINK_ROWS,
+            HEADS=SINK_HEADS,
         )
 
     def keys(self, dk: Tensor | None, dv: Tensor | None, g: Tensor, rows: tuple[int, int]) -> None:
@@ -202,7 +212,7 @@ class _Backward:
             for span in blocks(walk.topk, walk.span):
                 self.scatter.place(self.picks.picks[some], span)
                 spread_gradients[(count, triton.cdiv(span[1] - span[0], self.key_cut["BN"]), key_heads)](
-                    self.dkeys, self.dvalues, self.lse[some], self.mean[some],
+                    self.dkeys, self.dvalues, self.top[some], self.share[some], self.mean[some],
                     None if self.reach is None else self.reach[some],
                     g, self.query, self.key, self.values, self.picks.picks[some],
                     rows[0] + slab[0], *span, self.sq, walk.topk, walk.span, group, self.scale,
@@ -227,7 +237,7 @@ def _backward_tile(query: Tensor, key: Tensor, value: Tensor | None, indices: Te
     sk, key_heads, size = key.shape[1], key.shape[2], compute_dtype(query.dtype).itemsize
     ranged = query.dtype == torch.float16
     channels = key_heads * (dim + (0 if value is None and not ranged else v_dim))
-    held = heads * (2 * size + (4 if ranged else 0))
+    held = heads * (3 * size + (4 if ranged else 0))
     return ScatterTile.of(sq, sk, indices.shape[2] if sk else 0, channels, size, held=held)
 
 

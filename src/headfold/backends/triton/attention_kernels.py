@@ -193,7 +193,7 @@ def attend(
 
 @triton.jit
 def row_gradients(
-    dq, lse, mean, reach, g, query, key, value, sink, picks,
+    dq, top, share, mean, reach, g, query, key, value, sink, picks,
     first_row, sq, topk, scale,
     dq_batch, dq_row, dq_head, dq_step, g_batch, g_row, g_head, g_step, q_batch, q_row, q_head, q_step,
     k_batch, k_key, k_head, k_step, v_batch, v_key, v_head, v_step,
@@ -203,9 +203,10 @@ def row_gradients(
     BH: tl.constexpr, BN: tl.constexpr, STAGES: tl.constexpr,
     SCALE: tl.constexpr, ACC: tl.constexpr, UPCAST: tl.constexpr, PRECISION: tl.constexpr, RANGED: tl.constexpr,
 ):  # fmt: skip
-    """lse, mean and reach [rows, H] of one row and some heads of one key head, and their dq unless it is None.
+    """top, share, mean and reach [rows, H] of one row and some heads of one key head, and their dq unless it is None.
 
-    mean: Σ p · dp, where dp = g · v.   reach: the largest |dp|, which keeps float16 products in their range.
+    top, share: p = exp(logit - top) · share.   mean: Σ p · dp, where dp = g · v.   reach: the largest |dp|, which keeps
+    float16 products in their range.
     """
     r = tl.program_id(0).to(tl.int64)
     b, row = (first_row + r) // sq, (first_row + r) % sq
@@ -237,10 +238,12 @@ def row_gradients(
         if RANGED:
             far = tl.maximum(far, tl.max(tl.where(live[:, None], tl.abs(dp), 0.0), 0))
     total = tl.sum(terms, 0)
-    logs = tl.where(total == 0, float("-inf"), largest + tl.log(tl.where(total == 0, 1.0, total)))
-    tl.store(lse + r * H + heads, logs, mask=live_heads)
-    middle = tl.where(total == 0, 0.0, tl.sum(middles, 0) / tl.where(total == 0, 1.0, total))
-    logs = tl.where(total == 0, 0.0, logs)
+    # Not one log-sum-exp: where logits are large its rounding would be seen in every probability.
+    base = tl.where(largest == float("-inf"), 0.0, largest)
+    part = tl.where(total == 0, 0.0, 1.0 / tl.where(total == 0, 1.0, total))
+    tl.store(top + r * H + heads, base, mask=live_heads)
+    tl.store(share + r * H + heads, part, mask=live_heads)
+    middle = tl.sum(middles, 0) * part
     tl.store(mean + r * H + heads, middle, mask=live_heads)
     if RANGED:
         tl.store(reach + r * H + heads, far, mask=live_heads)
@@ -255,7 +258,7 @@ def row_gradients(
             else:
                 v = _parts(value, t * v_key, live, v_step, VS, VN, VR, V)
             s = _products(k, q, DP, PRECISION, ACC, UPCAST) * times
-            p = tl.exp(tl.where(live[:, None], s, float("-inf")) - logs[None, :])
+            p = tl.exp(tl.where(live[:, None], s, float("-inf")) - base[None, :]) * part[None, :]
             ds = _products(v, dout, VP, PRECISION, ACC, UPCAST) - middle[None, :]
             if RANGED:
                 ds = ds / by
@@ -270,7 +273,7 @@ def row_gradients(
 
 @triton.jit
 def spread_gradients(
-    dkeys, dvalues, lse, mean, reach, g, query, key, value, picks,
+    dkeys, dvalues, top, share, mean, reach, g, query, key, value, picks,
     first_row, first_pick, last_pick, sq, topk, span, group, scale,
     g_batch, g_row, g_head, g_step, q_batch, q_row, q_head, q_step,
     k_batch, k_key, k_head, k_step, v_batch, v_key, v_head, v_step,
@@ -314,14 +317,16 @@ def spread_gradients(
         live_heads, heads = within < GROUP, key_head * GROUP + within
         s, q = _meet(k, query, heads * q_head, live_heads, q_step, DS, DN, DR, D, TURNED, PRECISION, ACC, UPCAST)
         dp, dout = _meet(v, g, heads * g_head, live_heads, g_step, VS, VN, VR, V, TURNED, PRECISION, ACC, UPCAST)
-        logs = tl.load(lse + r * H + heads, mask=live_heads, other=0.0)
-        logs = tl.where(logs == float("-inf"), 0.0, logs)
+        base = tl.load(top + r * H + heads, mask=live_heads, other=0.0)
+        part = tl.load(share + r * H + heads, mask=live_heads, other=0.0)
         middle = tl.load(mean + r * H + heads, mask=live_heads, other=0.0)
         if TURNED:
-            counts, logs, middle = live_heads[:, None] & live[None, :], logs[:, None], middle[:, None]
+            counts, middle = live_heads[:, None] & live[None, :], middle[:, None]
+            base, part = base[:, None], part[:, None]
         else:
-            counts, logs, middle = live[:, None] & live_heads[None, :], logs[None, :], middle[None, :]
-        p = tl.exp(tl.where(counts, s * times, float("-inf")) - logs)
+            counts, middle = live[:, None] & live_heads[None, :], middle[None, :]
+            base, part = base[None, :], part[None, :]
+        p = tl.exp(tl.where(counts, s * times, float("-inf")) - base) * part
         if dkeys is not None:
             ds = dp - middle
             if RANGED:
@@ -347,8 +352,8 @@ def spread_gradients(
 
 
 @triton.jit
-def sink_gradients(dsink, lse, mean, sink, rows, H: tl.constexpr, ROWS: tl.constexpr, HEADS: tl.constexpr):
-    """Add to dsink [H] what a block of rows holds of it: -Σ exp(sink - lse) · mean."""
+def sink_gradients(dsink, top, share, mean, sink, rows, H: tl.constexpr, ROWS: tl.constexpr, HEADS: tl.constexpr):
+    """Add to dsink [H] what a block of rows holds of it: -Σ p · mean, p the sink's own probability."""
     head = tl.program_id(0) * HEADS + tl.arange(0, HEADS)
     logit = tl.load(sink + head, mask=head < H, other=0.0).to(dsink.dtype.element_ty)
     sums = tl.zeros((ROWS, HEADS), dsink.dtype.element_ty)
@@ -356,7 +361,8 @@ def sink_gradients(dsink, lse, mean, sink, rows, H: tl.constexpr, ROWS: tl.const
         r = r0 + tl.arange(0, ROWS)
         at = r.to(tl.int64)[:, None] * H + head[None, :]
         mask = (r < rows)[:, None] & (head < H)[None, :]
-        logs, middle = tl.load(lse + at, mask=mask, other=0.0), tl.load(mean + at, mask=mask, other=0.0)
-        sums -= tl.where(mask & (logs != float("-inf")), tl.exp(logit[None, :] - logs) * middle, 0.0)
+        base = tl.load(top + at, mask=mask, other=0.0)
+        part, middle = tl.load(share + at, mask=mask, other=0.0), tl.load(mean + at, mask=mask, other=0.0)
+        sums -= tl.where(mask, tl.exp(logit[None, :] - base) * part * middle, 0.0)
     total = tl.load(dsink + head, mask=head < H, other=0.0) + tl.sum(sums, 0)
     tl.store(dsink + head, total, mask=head < H)

@@ -70,7 +70,7 @@ def gathered_specimen(row: Row, dtype: torch.dtype, *, h: int = 0, d: int = 0, v
         constants |= {"BLOCKS": gathered.PICK_BLOCKS, "start": None, "end": None, "bias": None}
     name, compute = POINTERS[dtype], "fp64" if wide == tl.float64 else "fp32"
     pointers = dict.fromkeys("query key value q k w g dq dw out".split(), name)
-    pointers |= dict.fromkeys("lse mean dkeys dvalues spread sums".split(), compute)
+    pointers |= dict.fromkeys("top share mean dkeys dvalues spread sums".split(), compute)
     pointers |= {"indices": "i32", "picks": "i32"}
     if attends:
         if row.kernel == "attention":
@@ -89,7 +89,7 @@ def gathered_specimen(row: Row, dtype: torch.dtype, *, h: int = 0, d: int = 0, v
 
 def _scatters() -> Iterator[Specimen]:
     pointers = dict.fromkeys("picks bitmap indices rowbits places".split(), "i32")
-    pointers |= dict.fromkeys("sums g total spread dsink lse mean".split(), "fp32")
+    pointers |= dict.fromkeys("sums g total spread dsink top share mean".split(), "fp32")
     absent: dict[str, Any] = dict.fromkeys(("start", "end", "bias", "largest"))
     settled = {**absent, "RATIO": 1, "STATIC": True, "SCALE": None, "ACC": tl.float32}
     settled |= {"BLOCK": picks.BLOCK, "COMPARED": picks.COMPARED}
