@@ -25,6 +25,7 @@ triton = pytest.importorskip("triton", reason="Triton is not installed")
 
 CPU = torch.device("cpu")
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
+QUICK = [torch.bfloat16, torch.float32]
 NEG_INF, NAN = float("-inf"), float("nan")
 kernels = partial(public, impl="triton")
 CASES = [
@@ -32,6 +33,13 @@ CASES = [
     Heads(4, 20, 20, heads=6, key_heads=2, dim=80, v=48, visible="ragged"),
     Heads(2, 30, 40, heads=34, dim=192, v=24, sinks=True, visible="window"),
     Heads(2, 30, 11, b=2, heads=2, key_heads=2, dim=24, v=136, visible="per batch"),
+]
+EACH = [
+    pytest.param(
+        case, dtype, id=f"{case}-{dtype}", marks=[pytest.mark.slow] if n > 0 and dtype not in QUICK[: 3 - n] else []
+    )
+    for n, case in enumerate(CASES)
+    for dtype in DTYPES
 ]
 LATENT = replace(Heads(2, 70, 66, heads=20, dim=576), v=0)
 
@@ -50,8 +58,7 @@ def spent(case: Heads, dtype: torch.dtype, g: Tensor | None = None, **call: Any)
 
 
 @pytest.mark.usefixtures("poisoned")
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize(("case", "dtype"), EACH)
 def test_results_and_gradients_stay_within_the_error_budget(case: Heads, dtype: torch.dtype) -> None:
     assert {name: s for name, s in spent(case, dtype).items() if not s.kept} == {}
 
@@ -248,10 +255,16 @@ def test_zero_length_axes(sizes: tuple[int, int, int], sinks: bool) -> None:
     )
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
-@pytest.mark.parametrize("v", [0, 64])
+@pytest.mark.parametrize(
+    ("dtype", "v"),
+    [
+        (torch.float16, 0),
+        (torch.bfloat16, 64),
+        *(pytest.param(x, v, marks=pytest.mark.slow) for x in QUICK for v in (0, 64)),
+    ],
+)
 def test_planned_bytes_are_measured_bytes(dtype: torch.dtype, v: int) -> None:
-    case = Heads(6, 900, 100, heads=2, dim=64, v=v, sinks=True)
+    case = Heads(3, 300, 100, heads=2, dim=64, v=v, sinks=True)
     leaves, indices = case.leaves(dtype), case.indices()
     call = checked(case, leaves, indices)
     plan = load("triton").attention_tile_of(call.query, call.key, call.value, call.indices, call.v_dim, True)

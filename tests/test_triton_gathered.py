@@ -23,6 +23,7 @@ triton = pytest.importorskip("triton", reason="Triton is not installed")
 
 CPU = torch.device("cpu")
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
+QUICK = [torch.bfloat16, torch.float32]
 NEG_INF, NAN = float("-inf"), float("nan")
 CASES = [
     Case(5, 41, b=2, h=3, d=80, visible="causal"),
@@ -30,6 +31,13 @@ CASES = [
     Case(4, 41, b=2, h=5, d=33, visible="bias", scale=3.0),
     Case(5, 31, h=4, d=48, visible="window", activation=None),
     Case(5, 31, h=1, d=192, visible="ratio", weighted=False),
+]
+EACH = [
+    pytest.param(
+        case, dtype, id=f"{case}-{dtype}", marks=[pytest.mark.slow] if n > 0 and dtype not in QUICK[: 3 - n] else []
+    )
+    for n, case in enumerate(CASES)
+    for dtype in DTYPES
 ]
 
 
@@ -66,8 +74,7 @@ def small_slabs(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("poisoned")
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize(("case", "dtype"), EACH)
 def test_scores_and_gradients_stay_within_the_error_budget(case: Case, dtype: torch.dtype) -> None:
     indices = some_indices(case, 23)
     spent = spend_all(case.inputs(dtype), incoming(indices), indices, impl="triton", **case.call())
@@ -75,6 +82,7 @@ def test_scores_and_gradients_stay_within_the_error_budget(case: Case, dtype: to
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.slow
 def test_many_rows_that_select_the_same_keys_keep_the_budget(dtype: torch.dtype) -> None:
     case = Case(70, 12, h=2, d=16)
     indices = torch.stack([torch.randperm(12, generator=torch.Generator().manual_seed(n))[:9] for n in range(70)])
@@ -208,7 +216,7 @@ def test_a_bias_and_a_range_of_one_batch_element_stand_for_all() -> None:
     case = Case(3, 8, b=2, h=2, d=16)
     inputs, indices = leaves(case), some_indices(case, 6)
     bias = torch.randn(1, 3, 8).masked_fill(torch.arange(8) == 3, NEG_INF)
-    keys = KeyRange(end=torch.tensor([3, 8, 5], dtype=torch.int32))
+    keys = KeyRange(*(torch.tensor(x, dtype=torch.int32) for x in ([1, 0, 4], [3, 8, 7])))
     g = incoming(indices)
     for x, y in zip(
         outcome(inputs, indices, g, bias=bias, keys=keys),
@@ -261,9 +269,11 @@ def test_a_key_axis_beyond_two_to_the_31_elements_is_reached() -> None:
     assert scores.tolist() == [[[0.0, 128.0]]]
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    "dtype", [torch.float16, *(pytest.param(x, marks=pytest.mark.slow, id=str(x)) for x in DTYPES[1:])]
+)
 def test_planned_bytes_are_measured_bytes(dtype: torch.dtype) -> None:
-    case = Case(12, 400, h=2, d=64)
+    case = Case(6, 400, h=2, d=64)
     inputs, indices = leaves(case, dtype), some_indices(case, 60)
     g = incoming(indices).to(torch.float64 if dtype == torch.float64 else torch.float32)
     q, _, k = (x.transpose(0, 1) for x in inputs)
