@@ -14,7 +14,7 @@ ROOT = Path(headfold.__file__).parent
 # one package.
 FLOORS = [
     ["tiles", "bills", "flops", "score_tiles"],
-    ["layout", "keyrange", "loss_tiles", "attention_tiles", "dense_bills", "triton_tiles"],
+    ["layout", "keyrange", "loss_tiles", "attention_tiles", "dense_bills", "scatter_tiles", "triton_tiles"],
     ["geometry", "loss_slabs"],
     ["contract", "presets", "parallel"],
     ["attention_contract"],

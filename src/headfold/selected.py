@@ -79,7 +79,7 @@ def selected_scores(
     if backend == "materialized":
         return materialized.selected_scores(call, indices)
     reverse_mode_only("selected_scores", *call.inputs)
-    tile = backends.load(backend).gather_tile_of(call.q, indices, call.relu)
+    tile = backends.load(backend).gather_tile_of(call.q, call.k, indices, call.relu)
     needed = tile.backward_bytes if wants_grad(*call.inputs) else tile.forward_bytes
     enough_workspace("selected_scores", needed, call.workspace)
     scores: Tensor = ops.selected_scores(*call.inputs, indices, *call.options, backend)

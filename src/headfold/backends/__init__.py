@@ -12,7 +12,13 @@ from headfold.contract import UnsupportedError, one_of
 
 IMPLEMENTATIONS = ("auto", "eager", "triton", "materialized")
 # The ops that the Triton package has, and the widths its kernels take. An op that is not here is eager's alone.
-TRITON_WIDTHS = {"index_scores": (16, 256), "index_topk": (16, 256), "indexer_loss": (16, 256)}
+TRITON_WIDTHS = {
+    "index_scores": (16, 256),
+    "index_topk": (16, 256),
+    "selected_scores": (16, 256),
+    "indexer_loss": (16, 256),
+    "sparse_attention": (1, 576),
+}
 # What "auto" gives to the kernels. They run float64 too, for gradcheck, at a rate that is no reason to choose them.
 TRITON_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 HAS_TRITON = find_spec("triton") is not None  # told without importing it

@@ -138,12 +138,18 @@ def spend_all(inputs: Inputs, g: Tensor, indices: Tensor | None = None, **call: 
 
 
 def spend_attention(
-    inputs: Inputs, g: Tensor, indices: Tensor, *, gathered: bool | None = None, **call: Any
+    inputs: Inputs,
+    g: Tensor,
+    indices: Tensor,
+    *,
+    gathered: bool | None = None,
+    backend: str = "eager",
+    **call: Any,
 ) -> dict[str, Spent]:
     """Hold sparse attention to the budget, given query, key, value (or None) and sink (or None) in their dtype.
 
-    g: dL/dout, batch-first [b, sq, np, v_dim].   gathered: which walk, None as the shape says.   call: softmax_scale
-    and further arguments, layout bshd.
+    g: dL/dout, batch-first [b, sq, np, v_dim].   gathered: which walk, None as the shape says.   backend: whose.
+    call: softmax_scale and further arguments, layout bshd.
     """
     shuffle = torch.Generator(g.device).manual_seed(0)
     options = {**ATTENTION_DEFAULTS, **call}
@@ -163,7 +169,8 @@ def spend_attention(
     bases = [run(materialized_attention.sparse_attention, inputs)]
     shuffled = partial(materialized_attention.reordered, generator=shuffle)
     bases += [run(shuffled, inputs) for _ in range(ORDERS - 1)]
-    return _spend_each(run(partial(_attend, with_lse=True, gathered=gathered), inputs), truth, bases)
+    ours = partial(_attend, with_lse=True, gathered=gathered, backend=backend)
+    return _spend_each(run(ours, inputs), truth, bases)
 
 
 def _spend_each(

@@ -26,8 +26,8 @@ from headfold.contract import compute_dtype
 from headfold.tiles import GatherTile, blocks
 
 
-def gather_tile_of(q: Tensor, indices: Tensor, relu: bool) -> GatherTile:
-    """Return the tile of a gathered walk over batch-first q [b, sq, h, d] and indices [b, sq, topk]."""
+def gather_tile_of(q: Tensor, k: Tensor, indices: Tensor, relu: bool) -> GatherTile:
+    """Return the tile of a gathered walk over batch-first q [b, sq, h, d] and indices [b, sq, topk], for any k."""
     _, sq, h, d = q.shape
     size = compute_dtype(q.dtype).itemsize
     shape = sq, indices.shape[2], h, d, size, q.dtype.itemsize
@@ -88,7 +88,7 @@ def selected_scores(
     out = torch.empty(b, sq, topk, dtype=compute_dtype(q.dtype), device=q.device)
     if k.shape[1] == 0:
         return out.fill_(NEG_INF)
-    tile = gather_tile_of(q, indices, relu)
+    tile = gather_tile_of(q, k, indices, relu)
     with torch.autocast(q.device.type, enabled=False):
         s = _Gathered(tile, q)
         for i in range(b):
@@ -136,7 +136,7 @@ def selected_scores_backward(
     if k.shape[1] == 0 or indices.shape[2] == 0:
         return dq, dweights, dk
     with torch.autocast(q.device.type, enabled=False):
-        walk = _GatheredBackward(gather_tile_of(q, indices, relu), q, scale)
+        walk = _GatheredBackward(gather_tile_of(q, k, indices, relu), q, scale)
         cast = dk is not None and dk.dtype != walk.scratch.queries.dtype
         total = torch.empty(k.shape[1:], dtype=walk.scratch.queries.dtype, device=k.device) if cast else None
         for i in range(q.shape[0]):

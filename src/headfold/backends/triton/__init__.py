@@ -6,6 +6,8 @@ Imported when a call is dispatched here and not before, so that headfold runs wi
 import triton
 import triton.language
 
+from headfold.backends.triton.attention import attention_tile_of, sparse_attention, sparse_attention_backward
+from headfold.backends.triton.gathered import gather_tile_of, selected_scores, selected_scores_backward
 from headfold.backends.triton.loss import indexer_loss, loss_plan
 from headfold.backends.triton.masks import index_mask, update_index_mask_
 from headfold.backends.triton.scores import add_gradients, fill_scores, index_scores, index_scores_backward, tile_of
@@ -18,14 +20,20 @@ INTERPRETED = not any(isinstance(f, triton.JITFunction) for f in (row_bounds, tr
 __all__ = [
     "INTERPRETED",
     "add_gradients",
+    "attention_tile_of",
     "fill_scores",
+    "gather_tile_of",
     "index_mask",
     "index_scores",
     "index_scores_backward",
     "index_topk",
     "indexer_loss",
     "loss_plan",
+    "selected_scores",
+    "selected_scores_backward",
     "selection_plan",
+    "sparse_attention",
+    "sparse_attention_backward",
     "tile_of",
     "update_index_mask_",
 ]

@@ -1,0 +1,126 @@
+"""Specimens of the gathered kernels: every row of the table, at its widest d, as its ordinary call would launch it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import triton.language as tl
+
+from headfold.backends.triton import attention, attention_kernels, gathered, picks
+from headfold.backends.triton.compiling import Specimen
+from headfold.backends.triton.products import NARROWEST, pieces
+from headfold.backends.triton.table import KINDS, TABLE, Row
+
+# Integers that no call promises to be multiples of 16.
+ANY_VALUE = "sq sk topk words offset first_row first_pick last_pick span group groups rows total_head".split()
+ONES = "q_step k_step v_step g_step i_step w_head dq_step dw_head out_step total_key".split()
+KERNELS: dict[str, Any] = {
+    "selected_scores": gathered._scores,
+    "selected_rows": gathered._row_gradients,
+    "selected_keys": gathered._spread,
+    "attention": attention_kernels.attend,
+    "attention_rows": attention_kernels.row_gradients,
+    "attention_keys": attention_kernels.spread_gradients,
+}
+POINTERS = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32", torch.float64: "fp64"}
+# Heads that a row of the table stands for where it takes any.
+MOST = 64
+
+
+def specimens(arch: str) -> Iterator[Specimen]:
+    """Yield the gathered kernels of an architecture; those of half precision use tensor cores."""
+    yield from _scatters()
+    for row in TABLE:
+        if row.kernel in KERNELS and row.arch in (arch, "*"):
+            for dtype, kind in KINDS.items():
+                if kind == row.dtype or row.dtype == "*":
+                    yield gathered_specimen(row, dtype)
+
+
+def gathered_specimen(row: Row, dtype: torch.dtype, *, h: int = 0, d: int = 0, v: int = 0) -> Specimen:
+    """Return a kernel with the tile of a row; h, d, v: heads (of one key head) and widths, the row's own when 0."""
+    h, d = h or min(row.h, MOST), d or row.d
+    attends = row.kernel.startswith("attention")
+    wide = tl.float64 if dtype == torch.float64 else tl.float32
+    constants: dict[str, Any] = {
+        "BH": min(row.rows, max(NARROWEST, 1 << (h - 1).bit_length())),
+        "BN": row.keys,
+        "STAGES": row.stages,
+        "SCALE": 1.0 if dtype == torch.float64 else None,
+        "ACC": wide,
+        "UPCAST": False,
+        "PRECISION": "ieee",
+        "RANGED": dtype == torch.float16,
+    }
+    if attends:
+        v = v or (512 if d == 576 else d)
+        keys, values = attention._blocks(d), attention._blocks(v)
+        shared = d == 576
+        constants |= {f"D{n}": x for n, x in keys.items()} | {f"V{n}": x for n, x in values.items()}
+        constants |= {"H": h, "GROUP": h, "D": d, "V": v, "REUSE": shared}
+        constants["MERGED"] = shared and dtype != torch.float16
+        if constants["MERGED"]:
+            constants["dvalues"] = None
+        constants |= {"TURNED": constants["BH"] >= attention.TURNING, "sink": None}
+    else:
+        d0, d1 = pieces(d)
+        constants |= {"H": h, "D": d, "D0": d0, "D1": d1, "RELU": True, "RATIO": 1, "STATIC": True}
+        constants |= {"BLOCKS": gathered.PICK_BLOCKS, "start": None, "end": None, "bias": None}
+    name, compute = POINTERS[dtype], "fp64" if wide == tl.float64 else "fp32"
+    pointers = dict.fromkeys("query key value q k w g dq dw out".split(), name)
+    pointers |= dict.fromkeys("top share mean dkeys dvalues spread sums".split(), compute)
+    pointers |= {"indices": "i32", "picks": "i32"}
+    if attends:
+        if row.kernel == "attention":
+            constants["lse"] = None
+    else:
+        pointers |= {"w": compute, "out": compute, "g": compute, "dw": compute}
+    for scale in ("reach", "largest"):
+        if dtype == torch.float16:
+            pointers[scale] = "fp32"
+        else:
+            constants[scale] = None
+    label = f"{row.kernel} {str(dtype).removeprefix('torch.')} h={h} d={d}"
+    matrix = row.dtype == "half"
+    return _described(label, KERNELS[row.kernel], pointers, constants, row.warps, row.stages, matrix=matrix)
+
+
+def _scatters() -> Iterator[Specimen]:
+    pointers = dict.fromkeys("picks bitmap indices rowbits places".split(), "i32")
+    pointers |= dict.fromkeys("sums g total spread dsink top share mean".split(), "fp32")
+    absent: dict[str, Any] = dict.fromkeys(("start", "end", "bias", "largest"))
+    settled = {**absent, "RATIO": 1, "STATIC": True, "SCALE": None, "ACC": tl.float32}
+    settled |= {"BLOCK": picks.BLOCK, "COMPARED": picks.COMPARED}
+    yield _described("settle", picks._settle, pointers, settled, 4, 1, matrix=False)
+    yield _described("place", picks._place, pointers, {"MARKED": picks.MARKED}, 4, 1, matrix=False)
+    collected = {"WIDTH": 128, "KEYS": picks.KEYS, "CHANNELS": picks.CHANNELS}
+    yield _described("collect", picks._collect, pointers, collected, 4, 1, matrix=False)
+    sinks = {"H": 128, "ROWS": attention.SINK_ROWS, "HEADS": attention.SINK_HEADS}
+    yield _described("sinks", attention_kernels.sink_gradients, pointers | {"sink": "bf16"}, sinks, 4, 1, matrix=False)
+
+
+def _described(
+    name: str,
+    kernel: Any,
+    pointers: dict[str, str],
+    constants: dict[str, Any],
+    warps: int,
+    stages: int,
+    *,
+    matrix: bool,
+) -> Specimen:
+    """Return a specimen, given its pointers and constants; strides are multiples of 16, the innermost ones 1."""
+    constants = {n: x for n, x in {**dict.fromkeys(ONES, 1), **constants}.items() if n in kernel.arg_names}
+    types = {}
+    for argument in kernel.arg_names:
+        if argument in constants:
+            continue
+        if argument in pointers:
+            types[argument] = f"*{pointers[argument]}:16"
+        elif argument == "scale":
+            types[argument] = "fp32"
+        else:
+            types[argument] = "i32" if argument in ANY_VALUE else "i32:16"
+    return Specimen(name, kernel, types, constants, warps, max(1, stages), matrix)

@@ -1,0 +1,73 @@
+"""Operands of the gathered kernels: what their arithmetic is told, how they are rounded, loaded and stored."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from triton.knobs import runtime
+
+from headfold.backends.triton.products import ACCUMULATORS, precision
+from headfold.contract import compute_dtype
+
+
+def options(like: torch.Tensor, scale: float) -> dict[str, object]:
+    """Return what every kernel is told about its arithmetic, by the name of its parameter.
+
+    A kernel's float arguments are float32, so that a float64 factor is part of the kernel.
+    """
+    dtype = compute_dtype(like.dtype)
+    return {
+        "SCALE": scale if dtype == torch.float64 else None,
+        "ACC": ACCUMULATORS[dtype],
+        "UPCAST": like.dtype == torch.bfloat16 and runtime.interpret,
+        "PRECISION": precision(like.dtype),
+        "RANGED": like.dtype == torch.float16,
+    }
+
+
+@triton.jit
+def rounded(x, DTYPE: tl.constexpr, UPCAST: tl.constexpr):
+    """Cast x to nearest even; by its bits in the interpreter, whose casts to bfloat16 cut off."""
+    if UPCAST and DTYPE == tl.bfloat16:
+        bits = x.to(tl.float32).to(tl.int32, bitcast=True)
+        near = (bits + 0x7FFF + ((bits >> 16) & 1)) & -65536
+        finite = (bits & 0x7F800000) != 0x7F800000
+        return tl.where(finite, near, bits).to(tl.float32, bitcast=True).to(DTYPE)
+    else:
+        return x.to(DTYPE)
+
+
+@triton.jit
+def power_of_two(x):
+    """The power of two at or below each x > 0 in float32; 1 where x is 0, infinite or NaN."""
+    bits = x.to(tl.float32).to(tl.int32, bitcast=True) & 0x7F800000
+    usable = (bits != 0) & (bits != 0x7F800000)
+    return tl.where(usable, bits, 0x3F800000).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def factor(scale, SCALE: tl.constexpr, ACC: tl.constexpr):
+    """The factor of a call in the compute dtype: its float32 argument, or in float64 the constant."""
+    if SCALE is None:
+        return scale
+    else:
+        return tl.full((), SCALE, ACC)
+
+
+@triton.jit
+def matrix(base, rows, live, step, FIRST: tl.constexpr, SIZE: tl.constexpr, WIDTH: tl.constexpr):
+    """Load [rows, SIZE] channels from FIRST on of rows at int64 offsets; zeros where not live and beyond WIDTH."""
+    c = FIRST + tl.arange(0, SIZE)
+    at = base + rows[:, None] + (c.to(tl.int64) * step)[None, :]
+    if FIRST + SIZE <= WIDTH:
+        return tl.load(at, mask=live[:, None], other=0.0)
+    else:
+        return tl.load(at, mask=live[:, None] & (c < WIDTH)[None, :], other=0.0)
+
+
+@triton.jit
+def put(base, rows, live, step, x, FIRST: tl.constexpr, SIZE: tl.constexpr, WIDTH: tl.constexpr):
+    """Store [rows, SIZE] channels from FIRST on, as `matrix` loads them."""
+    c = FIRST + tl.arange(0, SIZE)
+    tl.store(base + rows[:, None] + (c.to(tl.int64) * step)[None, :], x, mask=live[:, None] & (c < WIDTH)[None, :])

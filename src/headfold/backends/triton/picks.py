@@ -1,0 +1,231 @@
+"""What a row selected: settled once, so that kernels read keys that count; and where a key's gradients lie.
+
+`settle` turns indices into picks: int32, -1 where a pick does not count. Duplicates are told by a bitmap of the row's
+keys. Rows without any, as selections are, are done then; a row with some compares its picks with one another, in the
+order they stand in, so that the first of equal picks stands for all and the result does not depend on who came first.
+
+`place` and `collect` are a scatter without atomics on floats: the gradients of a slab's picks lie in memory pick by
+pick; each key knows by bits which rows of the slab picked it and by a table at which place; one writer a key adds them
+up in the order of rows.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from headfold.backends.triton.operands import factor
+from headfold.backends.triton.visible import bias_strides, bound_strides, row_bounds
+from headfold.scatter_tiles import ROWS_A_WORD, ScatterTile
+
+# Picks that a program of `settle` reads at a time, and that it compares with one another where some are equal.
+BLOCK, COMPARED = 1024, 64
+# Picks that a program of `place` marks; keys and channels that a program of `collect` sums.
+MARKED, KEYS, CHANNELS = 512, 16, 128
+
+
+@triton.jit
+def picked(indices, j, topk, step, lo, hi, bias, bias_step):
+    """Load picks j of a row: their keys int64, whether they count, and their bias, 0 where there is none."""
+    t = tl.load(indices + j.to(tl.int64) * step, mask=j < topk, other=-1).to(tl.int64)
+    live = (t >= lo) & (t < hi)
+    t = tl.where(live, t, 0)
+    if bias is not None:
+        added = tl.load(bias + t * bias_step, mask=live, other=0.0)
+        live = live & (added != float("-inf"))
+    else:
+        added = 0.0
+    return t, live, added
+
+
+@triton.jit
+def _settle(
+    picks, sums, largest, bitmap, indices, g, start, end, bias,
+    first_row, sq, sk, topk, words, offset, scale,
+    i_batch, i_row, i_step, g_batch, g_row, g_step,
+    start_batch, start_step, end_batch, end_step, bias_batch, bias_row, bias_step,
+    RATIO: tl.constexpr, STATIC: tl.constexpr, SCALE: tl.constexpr, ACC: tl.constexpr,
+    BLOCK: tl.constexpr, COMPARED: tl.constexpr,
+):  # fmt: skip
+    """One row: picks [topk] int32 and, for dscores g, sums [topk]: scale · g, with that of equal picks at the first."""
+    r = tl.program_id(0).to(tl.int64)
+    b, row = (first_row + r) // sq, (first_row + r) % sq
+    indices += b * i_batch + row * i_row
+    picks += r * topk
+    bitmap += r * words
+    if start is not None:
+        start += b * start_batch
+    if end is not None:
+        end += b * end_batch
+    if bias is not None:
+        bias += b * bias_batch + row * bias_row
+    if g is not None:
+        g += b * g_batch + row * g_row
+        sums += r * topk
+        times = factor(scale, SCALE, ACC)
+    lo, hi = row_bounds(row, tl.full((), 1, tl.int1), sk, start, end, start_step, end_step, offset, RATIO, STATIC)
+    again = tl.zeros((BLOCK,), tl.int32)
+    for j0 in range(0, topk, BLOCK):
+        j = j0 + tl.arange(0, BLOCK)
+        t, live, _ = picked(indices, j, topk, i_step, lo, hi, bias, bias_step)
+        bit = tl.full((BLOCK,), 1, tl.int32) << (t & 31).to(tl.int32)
+        again |= tl.where(live, tl.atomic_or(bitmap + (t >> 5), bit, mask=live, sem="relaxed") & bit, 0)
+    top = tl.zeros((), ACC)
+    if tl.max((again != 0).to(tl.int32), 0) > 0:
+        for j0 in range(0, topk, COMPARED):
+            j = j0 + tl.arange(0, COMPARED)
+            t, live, _ = picked(indices, j, topk, i_step, lo, hi, bias, bias_step)
+            earlier = tl.zeros((COMPARED,), tl.int32)
+            total = tl.zeros((COMPARED,), ACC)
+            for i0 in range(0, topk, COMPARED):
+                i = i0 + tl.arange(0, COMPARED)
+                other, counts, _ = picked(indices, i, topk, i_step, lo, hi, bias, bias_step)
+                same = (t[:, None] == other[None, :]) & live[:, None] & counts[None, :]
+                earlier = tl.maximum(earlier, tl.max((same & (i[None, :] < j[:, None])).to(tl.int32), 1))
+                if g is not None:
+                    given = tl.load(g + i.to(tl.int64) * g_step, mask=counts, other=0.0).to(ACC)
+                    total += tl.sum(tl.where(same, given[None, :], 0.0), 1)
+            first = live & (earlier == 0)
+            tl.store(picks + j, tl.where(first, t, -1).to(tl.int32), mask=j < topk)
+            if g is not None:
+                total = tl.where(first, total * times, 0.0)
+                tl.store(sums + j, total, mask=j < topk)
+                top = tl.maximum(top, tl.max(tl.abs(total), 0))
+    else:
+        for j0 in range(0, topk, BLOCK):
+            j = j0 + tl.arange(0, BLOCK)
+            t, live, _ = picked(indices, j, topk, i_step, lo, hi, bias, bias_step)
+            tl.store(picks + j, tl.where(live, t, -1).to(tl.int32), mask=j < topk)
+            if g is not None:
+                total = tl.load(g + j.to(tl.int64) * g_step, mask=live, other=0.0).to(ACC) * times
+                tl.store(sums + j, total, mask=j < topk)
+                top = tl.maximum(top, tl.max(tl.abs(total), 0))
+    if largest is not None:
+        tl.store(largest + r, top.to(tl.float32))
+
+
+@triton.jit
+def _place(rowbits, places, picks, first_pick, last_pick, sk, topk, MARKED: tl.constexpr):
+    """Tell each key of a row's picks [first_pick, last_pick) that the row has it, and where."""
+    r = tl.program_id(0).to(tl.int64)
+    j = first_pick + tl.program_id(1) * MARKED + tl.arange(0, MARKED)
+    t = tl.load(picks + r * topk + j, mask=j < last_pick, other=-1)
+    live = t >= 0
+    bit = tl.full((MARKED,), 1, tl.int32) << (r & 31).to(tl.int32)
+    tl.atomic_or(rowbits + (r >> 5) * sk + t, bit, mask=live, sem="relaxed")
+    tl.store(places + r * sk + t, j - first_pick, mask=live)
+
+
+@triton.jit
+def _collect(
+    total,
+    spread,
+    rowbits,
+    places,
+    groups,
+    sk,
+    span,
+    total_head,
+    total_key,
+    WIDTH: tl.constexpr,
+    KEYS: tl.constexpr,
+    CHANNELS: tl.constexpr,
+):
+    """Add to a few keys of total [heads, sk, WIDTH] what spread [rows, heads, span, WIDTH] holds of them."""
+    t = tl.program_id(0) * KEYS + tl.arange(0, KEYS)
+    c = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
+    head, heads = tl.program_id(2).to(tl.int64), tl.num_programs(2)
+    within = c < WIDTH
+    at = total + (head * total_head + t.to(tl.int64) * total_key)[:, None] + c[None, :]
+    for n in range(groups):
+        left = tl.load(rowbits + t, mask=t < sk, other=0)
+        if tl.max((left != 0).to(tl.int32), 0) > 0:
+            sums = tl.zeros((KEYS, CHANNELS), total.dtype.element_ty)
+            while tl.max((left != 0).to(tl.int32), 0) > 0:
+                # The lowest bit as a float: its exponent is the row. The highest is negative, with the same exponent.
+                low = left & -left
+                r = n * 32 + ((low.to(tl.float32).to(tl.int32, bitcast=True) >> 23) & 255) - 127
+                has = left != 0
+                r = tl.where(has, r, 0).to(tl.int64)
+                place = tl.load(places + r * sk + t, mask=has, other=0)
+                rows = ((r * heads + head) * span + place) * WIDTH
+                sums += tl.load(spread + rows[:, None] + c[None, :], mask=has[:, None] & within[None, :], other=0.0)
+                left = left ^ low
+            mask = (t < sk)[:, None] & within[None, :]
+            tl.store(at, tl.load(at, mask=mask, other=0.0) + sums, mask=mask)
+        rowbits += sk
+
+
+class Picks:
+    """The settled picks of a block of rows, in buffers that are allocated once.
+
+    picks: int32 [rows, topk].   sums: scale · g beside them, when asked for.   largest: float32 [rows], of |sums|.
+    """
+
+    def __init__(
+        self, tile: ScatterTile, like: Tensor, *, dtype: torch.dtype | None = None, ranged: bool = False
+    ) -> None:
+        def empty(*shape: int, dtype: torch.dtype = torch.int32) -> Tensor:
+            return torch.empty(shape, dtype=dtype, device=like.device)
+
+        self.tile = tile
+        self.picks, self.bitmap = empty(tile.block, tile.topk), empty(tile.block, tile.words)
+        self.sums = None if dtype is None else empty(tile.block, tile.topk, dtype=dtype)
+        self.largest = empty(tile.block, dtype=torch.float32) if ranged else None
+
+    def settle(
+        self,
+        indices: Tensor,
+        row: tuple[int, int],
+        sk: int,
+        ranges: tuple[Tensor | None, Tensor | None, Tensor | None, int | None, int],
+        g: Tensor | None = None,
+        scale: float = 1.0,
+    ) -> None:
+        """Settle rows of indices [b, sq, topk] and of dscores g, numbered over the batch: i·sq + s.
+
+        ranges: start, end, bias, offset and ratio.
+        """
+        start, end, bias, offset, ratio = ranges
+        self.bitmap.zero_()
+        double = self.sums is not None and self.sums.dtype == torch.float64
+        _settle[(row[1] - row[0],)](
+            self.picks, self.sums, self.largest, self.bitmap, indices, g, start, end, bias,
+            row[0], indices.shape[1], sk, self.tile.topk, self.tile.words, offset or 0, scale,
+            *indices.stride(), *strides(g, 3), *bound_strides(start), *bound_strides(end), *bias_strides(bias),
+            RATIO=ratio, STATIC=offset is not None,
+            SCALE=scale if double else None, ACC=tl.float64 if double else tl.float32,
+            BLOCK=BLOCK, COMPARED=COMPARED, num_warps=4,
+        )  # fmt: skip
+
+
+class Scatter:
+    """Adds gradients of the picks of a slab of rows to those of their keys."""
+
+    def __init__(self, tile: ScatterTile, like: Tensor) -> None:
+        self.tile = tile
+        self.rowbits = torch.empty(tile.groups, tile.sk, dtype=torch.int32, device=like.device)
+        self.places = torch.empty(tile.rows, tile.sk, dtype=torch.int32, device=like.device)
+
+    def place(self, picks: Tensor, span: tuple[int, int]) -> None:
+        """Note where the picks [rows, topk] of a slab lie, of those in a span."""
+        self.rowbits.zero_()
+        grid = picks.shape[0], triton.cdiv(span[1] - span[0], MARKED)
+        _place[grid](self.rowbits, self.places, picks, *span, self.tile.sk, self.tile.topk, MARKED=MARKED, num_warps=4)
+
+    def collect(self, total: Tensor, spread: Tensor, rows: int) -> None:
+        """Add spread [rows, heads, span, d] to total [heads, sk, d], dense in its last axis."""
+        heads, sk, width = total.shape
+        channels = min(CHANNELS, max(16, triton.next_power_of_2(width)))
+        grid = triton.cdiv(sk, KEYS), triton.cdiv(width, channels), heads
+        _collect[grid](
+            total, spread, self.rowbits, self.places, -(-rows // ROWS_A_WORD), sk, self.tile.span, *total.stride()[:2],
+            WIDTH=width, KEYS=KEYS, CHANNELS=channels, num_warps=4,
+        )  # fmt: skip
+
+
+def strides(x: Tensor | None, axes: int) -> tuple[int, ...]:
+    """Return the strides of a tensor that may be absent."""
+    return (0,) * axes if x is None else x.stride()

@@ -1,0 +1,303 @@
+"""selected_scores by kernels, under Triton's interpreter where there is no GPU."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from cases import Case
+from headfold import KeyRange, scatter_tiles, selected_scores
+from headfold.backends import load
+from headfold.contract import score_call
+from headfold.lanes.budget import DEFAULTS, spend_all
+from headfold.lanes.measure import allocator_peak
+from headfold.lanes.residency import LEAST_SHARE
+from headfold.lanes.syncfree import no_data_reads
+from headfold.scatter_tiles import ScatterTile
+from headfold.tiles import MIB
+
+triton = pytest.importorskip("triton", reason="Triton is not installed")
+
+CPU = torch.device("cpu")
+DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
+QUICK = [torch.bfloat16, torch.float32]
+NEG_INF, NAN = float("-inf"), float("nan")
+CASES = [
+    Case(5, 41, b=2, h=3, d=80, visible="causal"),
+    Case(4, 70, h=70, d=16, visible="ragged"),
+    Case(4, 41, b=2, h=5, d=33, visible="bias", scale=3.0),
+    Case(5, 31, h=4, d=48, visible="window", activation=None),
+    Case(5, 31, h=1, d=192, visible="ratio", weighted=False),
+]
+EACH = [
+    pytest.param(
+        case, dtype, id=f"{case}-{dtype}", marks=[pytest.mark.slow] if n > 0 and dtype not in QUICK[: 3 - n] else []
+    )
+    for n, case in enumerate(CASES)
+    for dtype in DTYPES
+]
+
+
+def some_indices(case: Case, topk: int, seed: int = 0) -> Tensor:
+    """Any keys, in any order, with duplicates and -1 among them."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(-1, case.sk, (case.b, case.sq, topk), generator=generator, dtype=torch.int32)
+
+
+def leaves(case: Case, dtype: torch.dtype = torch.float32) -> list[Tensor]:
+    return [x.requires_grad_() for x in case.inputs(dtype) if x is not None]
+
+
+def scores_at(inputs: list[Tensor], indices: Tensor, **call: Any) -> Tensor:
+    q, *weights, k = inputs
+    return selected_scores(q, weights[0] if weights else None, k, indices, **{"impl": "triton", **call})
+
+
+def outcome(inputs: list[Tensor], indices: Tensor, g: Tensor, **call: Any) -> list[Tensor]:
+    scores = scores_at(inputs, indices, **call)
+    return [scores, *torch.autograd.grad(scores, inputs, g.to(scores.dtype))]
+
+
+def incoming(indices: Tensor, seed: int = 1) -> Tensor:
+    return torch.randn(indices.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+@pytest.fixture
+def small_slabs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Cut small shapes into many blocks of rows, slabs and spans of picks."""
+    monkeypatch.setattr(scatter_tiles, "_SETTLED_BYTES", 1500)
+    monkeypatch.setattr(scatter_tiles, "_SLAB_BYTES", 1100)
+    monkeypatch.setattr(scatter_tiles, "_LEAST_SPAN", 5)
+
+
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize(("case", "dtype"), EACH)
+def test_scores_and_gradients_stay_within_the_error_budget(case: Case, dtype: torch.dtype) -> None:
+    indices = some_indices(case, 23)
+    spent = spend_all(case.inputs(dtype), incoming(indices), indices, impl="triton", **case.call())
+    assert {name: s for name, s in spent.items() if not s.kept} == {}
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.slow
+def test_many_rows_that_select_the_same_keys_keep_the_budget(dtype: torch.dtype) -> None:
+    case = Case(70, 12, h=2, d=16)
+    indices = torch.stack([torch.randperm(12, generator=torch.Generator().manual_seed(n))[:9] for n in range(70)])
+    spent = spend_all(case.inputs(dtype), incoming(indices[None]), indices[None], impl="triton")
+    assert {name: s for name, s in spent.items() if not s.kept} == {}
+
+
+def test_weights_wider_than_queries_have_gradients_as_exact_as_they_are() -> None:
+    case = Case(4, 90, h=3, d=32)
+    q, weights, k = leaves(case, torch.bfloat16)
+    wide, indices = weights.detach().float().requires_grad_(), some_indices(case, 60)
+    g = incoming(indices)
+    spent = spend_all([q, wide, k], g, indices, impl="triton")
+    assert spent["dweights"].kept
+    assert spent["dq"].kept
+
+
+@pytest.mark.usefixtures("small_slabs")
+@pytest.mark.parametrize("activation", ["relu", None])
+def test_blocks_slabs_and_spans_sum_to_the_same(activation: str | None) -> None:
+    case = Case(9, 21, b=2, h=3, d=16, visible="causal", activation=activation)
+    inputs, indices = leaves(case, torch.float64), some_indices(case, 17)
+    tile = ScatterTile.of(9, 21, 17, 16, 8, beside=8)
+    assert 1 <= tile.rows < tile.block < 9
+    assert tile.span < 17
+    g = incoming(indices)
+    for x, y in zip(
+        outcome(inputs, indices, g, **case.call()),
+        outcome(inputs, indices, g, impl="eager", **case.call()),
+        strict=True,
+    ):
+        torch.testing.assert_close(x, y, rtol=1e-12, atol=1e-12)
+
+
+def test_more_rows_than_a_word_tells_apart() -> None:
+    case = Case(67, 5, h=1, d=16)
+    inputs, indices = leaves(case, torch.float64), some_indices(case, 4)
+    tile = ScatterTile.of(67, 5, 4, 16, 8, beside=8)
+    assert tile.groups == 2
+    assert tile.rows == 64
+    g = incoming(indices)
+    for x, y in zip(outcome(inputs, indices, g), outcome(inputs, indices, g, impl="eager"), strict=True):
+        torch.testing.assert_close(x, y, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("activation", ["relu", None])
+@pytest.mark.parametrize("visible", ["ragged", "bias"])
+def test_gradcheck_through_the_kernels(visible: str, activation: str | None) -> None:
+    case = Case(2, 4, h=2, d=16, visible=visible, activation=activation, scale=0.3)
+    indices = some_indices(case, 5)
+
+    def visible_scores(*x: Tensor) -> Tensor:
+        scores = scores_at(list(x), indices, **case.call())
+        return scores[scores.detach().isfinite()]
+
+    assert torch.autograd.gradcheck(visible_scores, leaves(case, torch.float64), fast_mode=True)
+
+
+def test_equal_picks_all_count() -> None:
+    case = Case(2, 3, h=2, d=16)
+    inputs = leaves(case, torch.float64)
+    indices = torch.tensor([[[1] * 70, [1, 2, -1] * 23 + [0]]], dtype=torch.int64)
+    g = incoming(indices)
+    for x, y in zip(outcome(inputs, indices, g), outcome(inputs, indices, g, impl="eager"), strict=True):
+        torch.testing.assert_close(x, y, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("activation", ["relu", None])
+def test_nan_in_what_nobody_selected_or_may_see_reaches_no_result(activation: str | None) -> None:
+    q, weights, k = inputs = leaves(Case(3, 5, h=2, d=16))
+    with torch.no_grad():
+        k[0] = k[4] = NAN
+    indices = torch.tensor([[[1, 2, -1], [3, -1, -1], [4, 1, 2]]])
+    keys = KeyRange(end=torch.tensor([5, 5, 4], dtype=torch.int32))
+    scores = scores_at(inputs, indices, keys=keys, activation=activation)
+    assert scores[0, 2].isneginf().tolist() == [True, False, False]
+    g = torch.full_like(scores, NAN).masked_fill(scores.isfinite(), 1)
+    assert all(grad.isfinite().all() for grad in torch.autograd.grad(scores, [q, weights, k], g))
+
+
+@pytest.mark.filterwarnings("ignore:.*invalid value:RuntimeWarning")  # NumPy's, under the interpreter
+@pytest.mark.parametrize("value", [NAN, float("inf"), NEG_INF])
+def test_nan_and_infinity_of_a_selected_key_propagate_as_in_eager(value: float) -> None:
+    inputs = leaves(case := Case(4, 6, h=3, d=16))
+    with torch.no_grad():
+        inputs[2][2, 0, 1] = value
+    indices = some_indices(case, 5)
+    g = torch.ones(indices.shape).masked_fill(indices < 0, 0)
+    ours, theirs = outcome(inputs, indices, g), outcome(inputs, indices, g, impl="eager")
+    for x, y in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(x, y, equal_nan=True, rtol=1e-5, atol=1e-5)
+
+
+def test_an_index_beyond_the_keys_is_as_one_that_may_not_be_seen() -> None:
+    inputs = leaves(Case(1, 3, h=1, d=16))
+    assert scores_at(inputs, torch.tensor([[[0, 3, 2**31 - 1]]])).isneginf().tolist() == [[[False, True, True]]]
+
+
+@pytest.mark.parametrize("size", [1e-7, 1e5])
+@pytest.mark.parametrize("activation", ["relu", None])
+def test_float16_gradients_do_not_leave_its_range_on_the_way(size: float, activation: str | None) -> None:
+    case = Case(3, 9, h=3, d=16, activation=activation)
+    q, weights, k = (x.detach() for x in leaves(case, torch.float16))
+    # One of them is that much smaller in the result, so that dq and dk are float16 numbers again.
+    inputs = [x.requires_grad_() for x in (q, (weights.float() / size).requires_grad_(), k)]
+    indices = some_indices(case, 7)
+    g = incoming(indices) * size
+    spent = spend_all(inputs, g, indices, impl="triton", activation=activation)
+    assert {name: s for name, s in spent.items() if not s.kept} == {}
+
+
+def test_strides_and_index_dtypes_change_nothing() -> None:
+    case = Case(5, 30, b=2, h=4, d=16, visible="bias")
+    inputs, indices, call = leaves(case), some_indices(case, 10), case.call()
+    g = incoming(indices)
+    expected = outcome(inputs, indices, g, **call)
+    odd = [torch.stack([x, x], dim=-1)[..., 0] for x in inputs]
+    moved = [x.transpose(0, -1).contiguous().transpose(0, -1) for x in inputs]
+    bias = call.pop("bias")
+    for other, some, added in (
+        (odd, indices.long(), bias.mT.contiguous().mT),
+        (moved, indices.mT.contiguous().mT, torch.stack([bias, bias], -1)[..., 1]),
+    ):
+        scores = scores_at(other, some, bias=added, **call)
+        assert torch.equal(scores, expected[0])
+        grads = torch.autograd.grad(scores, inputs, g.mT.contiguous().mT.float())
+        assert all(map(torch.equal, grads, expected[1:]))
+
+
+def test_a_bias_and_a_range_of_one_batch_element_stand_for_all() -> None:
+    case = Case(3, 8, b=2, h=2, d=16)
+    inputs, indices = leaves(case), some_indices(case, 6)
+    bias = torch.randn(1, 3, 8).masked_fill(torch.arange(8) == 3, NEG_INF)
+    keys = KeyRange(*(torch.tensor(x, dtype=torch.int32) for x in ([1, 0, 4], [3, 8, 7])))
+    g = incoming(indices)
+    for x, y in zip(
+        outcome(inputs, indices, g, bias=bias, keys=keys),
+        outcome(inputs, indices, g, bias=bias, keys=keys, impl="eager"),
+        strict=True,
+    ):
+        torch.testing.assert_close(x, y, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.usefixtures("small_slabs")
+def test_runs_give_the_same_bits() -> None:
+    case = Case(6, 20, h=4, d=16)
+    inputs, indices = leaves(case, torch.bfloat16), some_indices(case, 14)
+    g = incoming(indices)
+    expected = outcome(inputs, indices, g)
+    for _ in range(3):
+        assert all(map(torch.equal, outcome(inputs, indices, g), expected))
+
+
+@pytest.mark.parametrize("needed", [{0}, {1}, {2}])
+@pytest.mark.parametrize("activation", ["relu", None])
+def test_any_gradient_can_be_asked_for_alone(needed: set[int], activation: str | None) -> None:
+    case = Case(3, 9, h=3, d=16, activation=activation)
+    everything, indices = leaves(case), some_indices(case, 6)
+    g = incoming(indices).float()
+    every = torch.autograd.grad(scores_at(everything, indices, activation=activation), everything, g)
+    some = [x.detach().requires_grad_(i in needed) for i, x in enumerate(everything)]
+    wanted = [x for x in some if x.requires_grad]
+    grads = torch.autograd.grad(scores_at(some, indices, activation=activation), wanted, g)
+    assert all(map(torch.equal, grads, [every[i] for i in sorted(needed)]))
+
+
+@pytest.mark.parametrize("sizes", [(0, 5, 3), (5, 0, 3), (5, 4, 0)])
+@pytest.mark.parametrize("b", [0, 2])
+def test_zero_length_axes_score_nothing(sizes: tuple[int, int, int], b: int) -> None:
+    sq, sk, topk = sizes
+    inputs = leaves(Case(sq, sk, b=b, h=2, d=16))
+    scores, *grads = outcome(inputs, torch.full((b, sq, topk), -1), torch.ones(b, sq, topk))
+    assert scores.shape == (b, sq, topk)
+    assert scores.isneginf().all()
+    assert all((grad == 0).all() for grad in grads)
+
+
+def test_a_key_axis_beyond_two_to_the_31_elements_is_reached() -> None:
+    last = 2**24 + 4  # times 128 channels: zeros that are never touched take no memory of the machine
+    k = torch.zeros(last + 1, 1, 128, dtype=torch.bfloat16)
+    k[last] = 1
+    q = torch.ones(1, 1, 1, 128, dtype=torch.bfloat16)
+    scores = selected_scores(q, None, k, torch.tensor([[[0, last]]]), impl="triton")
+    assert scores.tolist() == [[[0.0, 128.0]]]
+
+
+@pytest.mark.parametrize(
+    "dtype", [torch.float16, *(pytest.param(x, marks=pytest.mark.slow, id=str(x)) for x in DTYPES[1:])]
+)
+def test_planned_bytes_are_measured_bytes(dtype: torch.dtype) -> None:
+    case = Case(6, 400, h=2, d=64)
+    inputs, indices = leaves(case, dtype), some_indices(case, 60)
+    g = incoming(indices).to(torch.float64 if dtype == torch.float64 else torch.float32)
+    q, _, k = (x.transpose(0, 1) for x in inputs)
+    tile = load("triton").gather_tile_of(q, k, indices, True)
+    forward = allocator_peak(lambda: scores_at(inputs, indices), CPU)
+    assert forward.peak == forward.left == forward.result.nbytes + tile.forward_bytes
+    backward = allocator_peak(lambda: torch.autograd.grad(forward.result, inputs, g), CPU)
+    cast = 4 * inputs[2].numel() if dtype.itemsize < 4 else 0
+    planned = sum(x.nbytes for x in inputs) + cast + tile.backward_bytes
+    assert LEAST_SHARE * planned <= backward.peak <= planned
+
+
+@pytest.mark.parametrize("sk", [4096, 131_072, 1 << 20])
+@pytest.mark.parametrize("topk", [1, 64, 2048])
+@pytest.mark.parametrize("size", [4, 8])
+def test_16_mib_are_enough_for_any_number_of_picks(sk: int, topk: int, size: int) -> None:
+    assert ScatterTile.of(4096, sk, topk, 128, size, beside=size, held=4).backward_bytes <= 16 * MIB
+
+
+def test_the_bodies_read_no_data() -> None:
+    case = Case(3, 9, b=2, h=3, d=16, visible="causal")
+    call = score_call("test", *case.inputs(torch.bfloat16), **{**DEFAULTS, **case.call()})  # type: ignore[arg-type]
+    indices, kernels = some_indices(case, 5), load("triton")
+    with no_data_reads():
+        scores = kernels.selected_scores(*call.inputs, indices, *call.options)
+        g = torch.ones_like(scores)
+        kernels.selected_scores_backward(g, *call.inputs, indices, *call.options, (True, True, True))
