@@ -13,6 +13,8 @@ ROWS_A_WORD = 32
 # Settled picks with the bitmaps they are told apart by; gradients of a slab's picks with where they lie.
 _SETTLED_BYTES = 3 << 20
 _SLAB_BYTES = 12 << 20
+# Those of attention, whose picks have gradients of every key head: too few rows a slab would leave a GPU idle.
+ATTENTION_SLAB_BYTES = 40 << 20
 # Picks of a row that a slab takes at least, however many keys there are.
 _LEAST_SPAN = 64
 
@@ -37,15 +39,24 @@ class ScatterTile:
 
     @classmethod
     def of(
-        cls, sq: int, sk: int, topk: int, channels: int, size: int, *, beside: int = 0, held: int = 0
+        cls,
+        sq: int,
+        sk: int,
+        topk: int,
+        channels: int,
+        size: int,
+        *,
+        beside: int = 0,
+        held: int = 0,
+        slab_bytes: int = _SLAB_BYTES,
     ) -> ScatterTile:
         """Return the tile for a call of this shape."""
         settled = topk * (4 + beside) + 4 * -(-sk // 32) + held
         block = max(1, min(sq, _SETTLED_BYTES // max(1, settled)))
         pick, table = channels * size, 4 * sk
-        fit = (_SLAB_BYTES - 2 * table) // pick
+        fit = (slab_bytes - 2 * table) // pick
         span = max(1, min(topk, max(_LEAST_SPAN, fit)))
-        rows = (_SLAB_BYTES - table) // max(1, span * pick + table + table // ROWS_A_WORD)
+        rows = (slab_bytes - table) // max(1, span * pick + table + table // ROWS_A_WORD)
         rows = max(1, min(block, rows))
         if rows > ROWS_A_WORD:
             rows -= rows % ROWS_A_WORD

@@ -138,9 +138,9 @@ def query_gradients(
                 if SECOND > 0:
                     k2 = k2.to(ACC)
             a = a.to(k1.dtype)
-            u1 = add_product(a, k1, u1, PRECISION, ACC, UPCAST)
+            u1 = add_product(a, k1, u1, key < last_key, PRECISION, ACC, UPCAST)
             if SECOND > 0:
-                u2 = add_product(a, k2, u2, PRECISION, ACC, UPCAST)
+                u2 = add_product(a, k2, u2, key < last_key, PRECISION, ACC, UPCAST)
 
     if dweights is not None:
         row_of = row.to(tl.int64)[:, None]
@@ -300,9 +300,9 @@ def key_gradients(
             if SECOND > 0:
                 q2 = q2.to(ACC)
         a = a.to(q1.dtype)
-        sum1 = add_product(a, q1, sum1, PRECISION, ACC, UPCAST)
+        sum1 = add_product(a, q1, sum1, first < last_row, PRECISION, ACC, UPCAST)
         if SECOND > 0:
-            sum2 = add_product(a, q2, sum2, PRECISION, ACC, UPCAST)
+            sum2 = add_product(a, q2, sum2, first < last_row, PRECISION, ACC, UPCAST)
 
     dk += part * dk_part + batch * dk_batch
     channel = tl.arange(0, FIRST).to(tl.int64)

@@ -38,14 +38,16 @@ def product(a, b, acc, PRECISION: tl.constexpr, ACC: tl.constexpr, UPCAST: tl.co
 
 
 @triton.jit
-def add_product(a, b, total, PRECISION: tl.constexpr, ACC: tl.constexpr, UPCAST: tl.constexpr):
+def add_product(a, b, total, some, PRECISION: tl.constexpr, ACC: tl.constexpr, UPCAST: tl.constexpr):
     """Return total + a · b in ACC, of a sum over many blocks.
 
     Exact operands are summed block by block: without tensor cores a product adds its terms one after another, and a
-    chain of thousands of them rounds more than its budget.
+    chain of thousands of them rounds more than its budget.   some: true, which the compiler may not know: it would
+    make one chain of the sum again.
     """
     if a.dtype.primitive_bitwidth >= 32 and PRECISION == "ieee":
-        return total + product(a, b, tl.zeros_like(total), PRECISION, ACC, UPCAST)
+        block = product(a, b, tl.zeros_like(total), PRECISION, ACC, UPCAST)
+        return total + tl.where(some, block, 0.0)
     else:  # noqa: RET505 - both would be compiled otherwise
         return product(a, b, total, PRECISION, ACC, UPCAST)
 
