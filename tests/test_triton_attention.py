@@ -34,11 +34,11 @@ CASES = [
     Heads(2, 30, 40, heads=34, dim=192, v=24, sinks=True, visible="window"),
     Heads(2, 30, 11, b=2, heads=2, key_heads=2, dim=24, v=136, visible="per batch"),
 ]
+# The rest, beyond the first case's and a dtype or two of each, are slow ones.
 EACH = [
-    pytest.param(
-        case, dtype, id=f"{case}-{dtype}", marks=[pytest.mark.slow] if n > 0 and dtype not in QUICK[: 3 - n] else []
-    )
+    pytest.param(case, dtype, id=f"{case}-{dtype}", marks=[pytest.mark.slow] if n and dtype not in quick else [])
     for n, case in enumerate(CASES)
+    for quick in [QUICK[: max(1, 3 - n)]]
     for dtype in DTYPES
 ]
 LATENT = replace(Heads(2, 70, 66, heads=20, dim=576), v=0)

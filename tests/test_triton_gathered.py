@@ -32,11 +32,11 @@ CASES = [
     Case(5, 31, h=4, d=48, visible="window", activation=None),
     Case(5, 31, h=1, d=192, visible="ratio", weighted=False),
 ]
+# The rest, beyond the first case's and a dtype or two of each, are slow ones.
 EACH = [
-    pytest.param(
-        case, dtype, id=f"{case}-{dtype}", marks=[pytest.mark.slow] if n > 0 and dtype not in QUICK[: 3 - n] else []
-    )
+    pytest.param(case, dtype, id=f"{case}-{dtype}", marks=[pytest.mark.slow] if n and dtype not in quick else [])
     for n, case in enumerate(CASES)
+    for quick in [QUICK[: max(1, 3 - n)]]
     for dtype in DTYPES
 ]
 
@@ -216,7 +216,8 @@ def test_a_bias_and_a_range_of_one_batch_element_stand_for_all() -> None:
     case = Case(3, 8, b=2, h=2, d=16)
     inputs, indices = leaves(case), some_indices(case, 6)
     bias = torch.randn(1, 3, 8).masked_fill(torch.arange(8) == 3, NEG_INF)
-    keys = KeyRange(*(torch.tensor(x, dtype=torch.int32) for x in ([1, 0, 4], [3, 8, 7])))
+    start, end = (torch.tensor(x, dtype=torch.int32) for x in ([1, 0, 4], [3, 8, 7]))
+    keys = KeyRange(start, end)
     g = incoming(indices)
     for x, y in zip(
         outcome(inputs, indices, g, bias=bias, keys=keys),
