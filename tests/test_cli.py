@@ -21,9 +21,11 @@ from headfold.geometry import IndexerGeometry
 from headfold.lanes import measure
 from headfold.lanes import parity as parity_lane
 from headfold.lanes import speed as speed_lane
+from headfold.lanes import training_parity as training_parity_lane
 from headfold.lanes.problem import Problem, from_file
 from headfold.lanes.record import show
 from headfold.lanes.residency import Measured
+from headfold.presets import SHAPES
 
 TINY = ["--shape", "b=1,sq=32,h=2,d=16"]
 LANES = ["plan", "parity", "residency", "speed", "capture", "prove", "agree", "doctor"]
@@ -67,8 +69,11 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """Leave out what takes long and has tests of its own: most of parity, large products, fresh processes."""
     monkeypatch.setattr(parity_lane, "DTYPES", (torch.float32,))
     monkeypatch.setattr(parity_lane, "gradcheck_cases", lambda device: {"causal": {"causal": True}})
+    monkeypatch.setattr(training_parity_lane, "DTYPES", (torch.float32,))
+    train = IndexerGeometry(1, 48, 48, 2, 16, 8, np=2, np_k=2, hn=16, v_dim=16)
+    monkeypatch.setitem(SHAPES, "train", train)
     monkeypatch.setattr(measure, "RATE_SIZE", 64)
-    monkeypatch.setattr(measure, "in_fresh_process", lambda *_: (Measured(0, 0), 0))
+    monkeypatch.setattr(measure, "in_fresh_process", lambda row, *call: (row(*call)[0], 0))
 
 
 def capture(path: Path, metadata: dict[str, str] | None = None, **changes: torch.Tensor | None) -> Path:
@@ -143,7 +148,8 @@ def test_tables_say_it_to_people(run: Run, arguments: list[str], said: list[str]
 def test_prove_prints_json_alone_and_names_its_report_on_stderr(run: Run, tmp_path: Path) -> None:
     done = run("prove", *TINY, "--rounds", "1", "--report", tmp_path / "new" / "report", "--json")
     assert done.status == 0
-    assert [lane["name"] for lane in done.lanes] == ["plan", "parity", "residency", "speed", "capture"]
+    pairs = [name for lane in ("parity", "residency", "speed") for name in (lane, f"training {lane}")]
+    assert [lane["name"] for lane in done.lanes] == ["plan", *pairs, "capture"]
     assert "report.md" in done.err
     assert (tmp_path / "new" / "report" / "report.json").exists()
 

@@ -39,7 +39,7 @@ BREACHES: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"k": K.double()}, TypeError, "k must have q's dtype torch.float32, got torch.float64. Cast one of them"),
     ({"k": META}, ValueError, "k must be on q's device cpu, got meta"),
     ({"layout": "bhsd"}, ValueError, "layout must be one of 'sbhd', 'bshd', 'thd', got 'bhsd'"),
-    ({"impl": "cuda"}, ValueError, "impl must be one of 'auto', 'eager', 'materialized', got 'cuda'"),
+    ({"impl": "cuda"}, ValueError, "impl must be one of 'auto', 'eager', 'triton', 'materialized', got 'cuda'"),
     ({"activation": "gelu"}, ValueError, "activation must be one of 'relu', None, got 'gelu'"),
     ({"scale": "2"}, TypeError, "scale must be a Python number, got str"),
     ({"scale": True}, TypeError, "scale must be a Python number, got bool"),

@@ -205,7 +205,8 @@ def test_deepseek_v32_is_as_published() -> None:
 
 def test_a_compressing_preset_has_fewer_keys_than_rows() -> None:
     g = PRESETS["deepseek-v4-flash"].geometry(b=2, tokens=4096, dtype="float32")
-    assert g == IndexerGeometry(2, 4096, 1024, 64, 128, 512, "float32")
+    attention = {"np": 64, "np_k": 64, "hn": 512, "v_dim": 512}
+    assert g == IndexerGeometry(2, 4096, 1024, 64, 128, 512, "float32").with_(**attention)
 
 
 @pytest.mark.parametrize(
@@ -214,6 +215,9 @@ def test_a_compressing_preset_has_fewer_keys_than_rows() -> None:
         ("full", FULL.with_(topk=2048)),
         ("prod", SHAPES["prod"]),
         ("sq=3,h=2,d=4", IndexerGeometry(1, 3, 3, 2, 4)),
+        ("train", SHAPES["train"]),
+        ("sq=3,h=2,d=4,np=4,hn=8", IndexerGeometry(1, 3, 3, 2, 4, np=4, np_k=4, hn=8, v_dim=8)),
+        ("sq=3,h=2,d=4,np=4,np_k=1,hn=8,v_dim=6", IndexerGeometry(1, 3, 3, 2, 4, np=4, np_k=1, hn=8, v_dim=6)),
         (" b = 2, sq=3, sk=5, h=2, d=4, topk=1, dtype=float16", IndexerGeometry(2, 3, 5, 2, 4, 1, "float16")),
     ],
 )
@@ -259,8 +263,35 @@ def test_a_geometry_that_no_call_has_is_refused(change: dict[str, Any], said: st
 
 
 def test_a_bill_of_an_unknown_path_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"path must be one of materialized, .*headfold selected scores, got 'fused'"):
+    with pytest.raises(ValueError, match=r"path must be one of materialized, .*headfold attention, got 'fused'"):
         FULL.bill("fused")
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"np": 4}, "np_k must be an integer of at least 1 beside the rest of an attention, got 0"),
+        ({"np": 4, "np_k": 3, "hn": 8, "v_dim": 8}, "np_k must divide np = 4, got 3"),
+        ({"np": 4, "np_k": 2, "hn": 8, "v_dim": True}, "v_dim must be an integer"),
+    ],
+)
+def test_a_broken_attention_is_refused(changes: dict[str, Any], said: str) -> None:
+    with pytest.raises(ValueError, match=f"IndexerGeometry: {said}"):
+        FULL.with_(**changes)
+
+
+@pytest.mark.parametrize("path", [*LOSSES, *ATTENDING])
+def test_a_bill_without_an_attention_is_refused(path: str) -> None:
+    with pytest.raises(ValueError, match=f"{path} needs np, np_k, hn and v_dim"):
+        FULL.bill(path)
+
+
+def test_dense_formulations_take_what_is_published_of_them() -> None:
+    g = SHAPES["train"].with_(sq=8192, sk=8192, np=64, np_k=64, hn=128, v_dim=128)
+    loss, attention = (g.bill(path, causal=True).training / g.logits_bytes for path in (LOSSES[0], ATTENDING[0]))
+    assert 3 <= loss <= 4.25
+    assert 3.4 <= attention <= 3.5
+    assert g.bill("headfold loss").training < g.logits_bytes / 100
 
 
 def test_the_plan_says_where_a_training_step_fits() -> None:

@@ -25,6 +25,7 @@ from headfold.lanes.problem import Problem, from_file
 from headfold.lanes.record import FAIL, SKIP, Column, Lane, show, show_bytes
 from headfold.lanes.residency import PROCESS_SLACK, residency
 from headfold.lanes.speed import speed
+from headfold.presets import SHAPES
 from headfold.scores import index_scores
 
 CPU = torch.device("cpu")
@@ -33,12 +34,18 @@ CAPTURE = Path(__file__).parent / "data" / "deepseek_v32_indexer.safetensors"
 FIGURES = ["bytes.svg", "peaks.svg", "time.svg"]
 
 
+# The attention of a problem that has none of its own.
+SMALL_TRAIN = IndexerGeometry(1, 96, 96, 4, 16, 24, np=4, np_k=4, hn=16, v_dim=16)
+
+
 @pytest.fixture(scope="module")
 def proof(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[Lane]]:
     """Prove the captured tensors once, with everything that prove does, and write the report."""
     folder = tmp_path_factory.mktemp("report")
     problem = from_file(CAPTURE)
-    lanes = report.prove(problem, CPU, rounds=1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(SHAPES, "train", SMALL_TRAIN)
+        lanes = report.prove(problem, CPU, rounds=1)
     report.write(folder, problem, lanes, CPU)
     return folder, lanes
 
@@ -79,7 +86,7 @@ def test_the_same_figure_is_the_same_file(proof: tuple[Path, list[Lane]], tmp_pa
 def test_the_json_report_holds_every_lane_and_where_it_was_measured(proof: tuple[Path, list[Lane]]) -> None:
     found = json.loads((proof[0] / "report.json").read_text(encoding="utf-8"))
     assert found["passed"] is True
-    pairs = [[name, f"selection {name}"] for name in ("parity", "residency", "speed")]
+    pairs = [[name, f"selection {name}", f"training {name}"] for name in ("parity", "residency", "speed")]
     assert [lane["name"] for lane in found["lanes"]] == ["plan", *itertools.chain(*pairs), "capture"]
     assert [len(lane["rows"]) for lane in found["lanes"]] == [len(lane.rows) for lane in proof[1]]
     assert {"headfold", "torch", "python", "cpu", "threads", "memory_bytes", "device"} <= set(found["environment"])

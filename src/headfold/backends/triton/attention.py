@@ -13,6 +13,7 @@ import torch
 import triton
 from torch import Tensor
 
+from headfold.backends import eager
 from headfold.backends.eager.attention import heads_apart, rows_like
 from headfold.backends.triton.attention_kernels import attend, row_gradients, sink_gradients, spread_gradients
 from headfold.backends.triton.operands import options
@@ -25,6 +26,8 @@ from headfold.tiles import blocks
 
 # Channels of a block at most.
 WIDEST = 128
+# Channels of a pick whose gradients one program can hold: wider ones spill registers, and eager's walk makes them.
+WIDEST_GRADIENTS = 256
 # Heads that fill the long side of a product; fewer leave it to the keys.
 TURNING = 64
 SINK_ROWS, SINK_HEADS = 64, 16
@@ -41,12 +44,13 @@ def attention_tile_of(
     query: Tensor, key: Tensor, value: Tensor | None, indices: Tensor, v_dim: int, gathered: bool
 ) -> AttentionBytes:
     """Return the scratch of a call on batch-first query [b, sq, np, hn], key [b, sk, np_k, hn] and indices."""
-    size = compute_dtype(query.dtype).itemsize
+    forward = _forward_tile(query, key, indices).settled_bytes
+    if _wide(query, v_dim):
+        walk = eager.attention_tile_of(query, key, value, indices, v_dim, gathered)
+        return AttentionBytes(forward, max(forward, walk.backward_bytes))
     backward = _backward_tile(query, key, value, indices, v_dim)
-    sinks = query.shape[2] * size
-    return AttentionBytes(
-        _forward_tile(query, key, indices).settled_bytes, backward.settled_bytes + backward.scatter_bytes + sinks
-    )
+    sinks = query.shape[2] * compute_dtype(query.dtype).itemsize
+    return AttentionBytes(forward, backward.settled_bytes + backward.scatter_bytes + sinks)
 
 
 def sparse_attention(
@@ -101,7 +105,10 @@ def sparse_attention_backward(
     gathered: bool,
     needs: tuple[bool, bool, bool, bool],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-    """As `headfold.backends.eager.sparse_attention_backward`; picks are always gathered."""
+    """As `headfold.backends.eager.sparse_attention_backward`, which takes wide heads; picks are always gathered."""
+    if _wide(query, v_dim):
+        rest = start, end, offset, ratio, scale, v_dim, gathered, needs
+        return eager.sparse_attention_backward(g, query, key, value, sink, indices, *rest)
     b, sq = query.shape[:2]
     dtype = compute_dtype(query.dtype)
     dq = torch.empty_like(query) if needs[0] else None
@@ -225,6 +232,10 @@ class _Backward:
                     into = dv if dv is not None else dk
                     assert into is not None
                     self.scatter.collect(into[..., : self.dvalues.shape[3]], self.dvalues, count)
+
+
+def _wide(query: Tensor, v_dim: int) -> bool:
+    return max(query.shape[3], v_dim) > WIDEST_GRADIENTS
 
 
 def _forward_tile(query: Tensor, key: Tensor, indices: Tensor) -> ScatterTile:

@@ -39,7 +39,8 @@ class Specimen:
 
     types: of every argument that is not a constant, as "*bf16", "i32" or "fp64"; a trailing ":16" says that the value
     is a multiple of 16, as pointers and most strides are.   constants: arguments by value: tl.constexpr ones, None,
-    and strides of 1.   matrix: whether it has to use the tensor cores.
+    and strides of 1.   matrix: whether it has to use the tensor cores.   narrow: whether its tiles are too small for
+    the chip's first instruction, so that an older one will do.
     """
 
     name: str
@@ -49,6 +50,7 @@ class Specimen:
     num_warps: int
     num_stages: int
     matrix: bool = True
+    narrow: bool = False
 
 
 @dataclass(frozen=True)
@@ -68,8 +70,9 @@ class Compiled:
             found.append(f"spills {self.spilled} bytes")
         if self.shared > SHARED[arch]:
             found.append(f"needs {self.shared} bytes of shared memory, {arch} has {SHARED[arch]}")
-        if specimen.matrix and MATRIX[arch][0] not in self.matrix:
-            found.append(f"has no {MATRIX[arch][0]}")
+        accepted = MATRIX[arch] if specimen.narrow else MATRIX[arch][:1]
+        if specimen.matrix and not any(name in self.matrix for name in accepted):
+            found.append(f"has no {accepted[0]}")
         return found
 
     def programs_per_core(self, specimen: Specimen, arch: str) -> int:

@@ -27,6 +27,8 @@ KERNELS: dict[str, Any] = {
 POINTERS = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32", torch.float64: "fp64"}
 # Heads that a row of the table stands for where it takes any.
 MOST = 64
+# Rows of a product that the latest matrix instructions want; smaller tiles use earlier ones.
+WIDE_PRODUCT = 64
 
 
 def specimens(arch: str) -> Iterator[Specimen]:
@@ -84,7 +86,9 @@ def gathered_specimen(row: Row, dtype: torch.dtype, *, h: int = 0, d: int = 0, v
             constants[scale] = None
     label = f"{row.kernel} {str(dtype).removeprefix('torch.')} h={h} d={d}"
     matrix = row.dtype == "half"
-    return _described(label, KERNELS[row.kernel], pointers, constants, row.warps, row.stages, matrix=matrix)
+    narrow = max(constants["BH"], row.keys) < WIDE_PRODUCT
+    sizes = row.warps, row.stages
+    return _described(label, KERNELS[row.kernel], pointers, constants, *sizes, matrix=matrix, narrow=narrow)
 
 
 def _scatters() -> Iterator[Specimen]:
@@ -110,6 +114,7 @@ def _described(
     stages: int,
     *,
     matrix: bool,
+    narrow: bool = False,
 ) -> Specimen:
     """Return a specimen, given its pointers and constants; strides are multiples of 16, the innermost ones 1."""
     constants = {n: x for n, x in {**dict.fromkeys(ONES, 1), **constants}.items() if n in kernel.arg_names}
@@ -123,4 +128,4 @@ def _described(
             types[argument] = "fp32"
         else:
             types[argument] = "i32" if argument in ANY_VALUE else "i32:16"
-    return Specimen(name, kernel, types, constants, warps, max(1, stages), matrix)
+    return Specimen(name, kernel, types, constants, warps, max(1, stages), matrix, narrow)
