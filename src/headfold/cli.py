@@ -43,6 +43,7 @@ from headfold.lanes.selection_speed import selection_speed as run_selection_spee
 from headfold.lanes.speed import speed as run_speed
 from headfold.lanes.speed import sweep as run_sweep
 from headfold.lanes.training_parity import training_parity as run_training_parity
+from headfold.lanes.training_paths import trained
 from headfold.lanes.training_speed import training_speed as run_training_speed
 from headfold.presets import SHAPES, find_preset, parse_shape
 
@@ -207,8 +208,7 @@ def speed(
         chosen = Problem(SHAPES["chunk"]) if targets and problem == Problem(SHAPES["prod"]) else problem
         lanes.append(run_selection_speed(chosen, where, **options))
     if targets or problem.geometry.np:
-        trained = problem if problem.geometry.np else Problem(SHAPES["train"])
-        lanes.append(run_training_speed(trained, where, **options))
+        lanes.append(run_training_speed(trained(problem), where, **options))
     _finish(lanes, as_json)
 
 
@@ -233,7 +233,7 @@ def prove(
         typer.Option("--full", help="Add the seed's full shape, and long selections (minutes)."),
     ] = False,
     folder: Annotated[Path, typer.Option("--report", help="Where the report goes.")] = Path("report"),
-    rounds: Rounds = 2,
+    rounds: Rounds = 1,
     device: Device = "cpu",
     threads: Threads = None,
     as_json: Json = False,

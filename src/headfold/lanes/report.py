@@ -20,6 +20,7 @@ from headfold.lanes.selection_parity import selection_parity
 from headfold.lanes.selection_speed import selection_speed
 from headfold.lanes.speed import speed
 from headfold.lanes.training_parity import training_parity
+from headfold.lanes.training_paths import trained
 from headfold.lanes.training_speed import training_speed
 from headfold.presets import LONG_SHAPES, SHAPES
 from headfold.tiles import DEFAULT_WORKSPACE
@@ -39,12 +40,11 @@ def prove(
     `full` adds the residency of the seed's full shape, and of selections from 16384 and 65536 keys.
     """
     selects = problem.geometry.topk > 0
-    # What trains needs an attention beside the indexer: the problem's own, or the project's shape for it.
-    trained = problem if problem.geometry.np else Problem(SHAPES["train"])
+    training = trained(problem)
     lanes = [plan(problem.geometry, causal=problem.causal), parity(problem, device, track=track)]
     if selects:
         lanes.append(selection_parity(problem, device, track=track))
-    lanes.append(training_parity(trained, device, track=track))
+    lanes.append(training_parity(training, device, track=track))
     lanes.append(residency(problem, device, track=track))
     if full:
         # One workspace, and no loop: it fits but takes minutes (`headfold residency --full` has both).
@@ -55,14 +55,15 @@ def prove(
         lanes.append(selection_residency(problem, device, track=track))
     if full:
         lanes += long_selections(device, track=track)
-    lanes.append(training_residency(trained, device, track=track))
+    # In this process, for the time that a fresh one for each row takes: big rows have their own above.
+    lanes.append(training_residency(training, device, workspace=DEFAULT_WORKSPACE, process=False, track=track))
     lanes.append(speed(problem, device, rounds=rounds, track=track))
     if selects:
         lanes.append(selection_speed(problem, device, rounds=rounds, track=track))
-    lanes.append(training_speed(trained, device, rounds=rounds, track=track))
+    lanes.append(training_speed(training, device, rounds=rounds, track=track))
     for lane in lanes:
         if lane.name.startswith("training"):
-            lane.notes.append(f"Measured at {describe(trained.geometry)}.")
+            lane.notes.append(f"Measured at {describe(training.geometry)}, scale {training.scale:.4g}.")
     lanes.append(capture(device, track=track))
     return lanes
 

@@ -12,6 +12,7 @@ from headfold.geometry import ATTENDING, LOSSES, IndexerGeometry
 from headfold.lanes.paths import IndexerPath, at_workspaces, spread_indices
 from headfold.lanes.problem import Problem, normal
 from headfold.loss import indexer_loss
+from headfold.presets import SHAPES
 
 
 @dataclass(frozen=True)
@@ -56,6 +57,17 @@ class AttentionPath(IndexerPath):
         """Return the bytes of the gradients, and of the sums of one batch element's dk and dv."""
         sums = g.compute_itemsize * g.key_value_elements // max(1, g.b) if g.itemsize < g.compute_itemsize else 0
         return g.attention_bytes + sums
+
+
+def trained(problem: Problem) -> Problem:
+    """Return the problem itself where it has an attention, else the project's shape for one.
+
+    Its scores are scaled by (h · d)^-0.5, as published models scale theirs: unscaled, softmax is one key and denormals.
+    """
+    if problem.geometry.np:
+        return problem
+    g = SHAPES["train"]
+    return Problem(g, scale=(g.heads * g.dim) ** -0.5)
 
 
 def losses(g: IndexerGeometry, device: torch.device, workspace: int | None = None) -> list[IndexerPath]:
