@@ -131,10 +131,15 @@ def test_ties_go_to_the_smallest_key() -> None:
     q, weights, k = torch.ones(3, 1, 16, 4), torch.ones(3, 1, 16), torch.zeros(9, 1, 4)
     k[4] = 1
     bounds = {"varlen_starts": torch.zeros(3, dtype=torch.int64), "varlen_ends": torch.tensor([9, 6, 4])}
+    upstream = dsa.fused_qk_topk_naive(q, k, weights, 4, **bounds)[1]
     with megatron.apply():
         indices = dsa.fused_qk_topk_naive(q, k, weights, 4, **bounds)[1]
         by_position = dsa.fused_qk_topk_naive(q, k, weights, 4, **bounds, key_positions=torch.arange(9).flip(0))[1]
     assert indices.tolist() == [[[4, 0, 1, 2], [4, 0, 1, 2], [0, 1, 2, 3]]]
+    # Upstream keeps the one key that does not tie, and of those that do as many, whichever they are.
+    for row, ours in zip(upstream[0].tolist(), indices[0].tolist(), strict=True):
+        assert len(set(row)) == 4
+        assert (4 in row) == (4 in ours)
     assert by_position.tolist() == [[[4, 8, 7, 6], [4, 8, 7, 6], [8, 7, 6, 5]]]
 
 

@@ -290,7 +290,7 @@ def test_dense_formulations_take_what_is_published_of_them() -> None:
     g = SHAPES["train"].with_(sq=8192, sk=8192, np=64, np_k=64, hn=128, v_dim=128)
     loss, attention = (g.bill(path, causal=True).training / g.logits_bytes for path in (LOSSES[0], ATTENDING[0]))
     assert 3 <= loss <= 4.25
-    assert 3.4 <= attention <= 3.5
+    assert 3 <= attention <= 3.5
     assert g.bill("headfold loss").training < g.logits_bytes / 100
 
 

@@ -14,7 +14,7 @@ ROWS_A_WORD = 32
 _SETTLED_BYTES = 3 << 20
 _SLAB_BYTES = 12 << 20
 # Those of attention, whose picks have gradients of every key head: too few rows a slab would leave a GPU idle.
-ATTENTION_SLAB_BYTES = 40 << 20
+_ATTENTION_SLAB_BYTES = 40 << 20
 # Picks of a row that a slab takes at least, however many keys there are.
 _LEAST_SPAN = 64
 
@@ -48,9 +48,10 @@ class ScatterTile:
         *,
         beside: int = 0,
         held: int = 0,
-        slab_bytes: int = _SLAB_BYTES,
+        attention: bool = False,
     ) -> ScatterTile:
         """Return the tile for a call of this shape."""
+        slab_bytes = _ATTENTION_SLAB_BYTES if attention else _SLAB_BYTES
         settled = topk * (4 + beside) + 4 * -(-sk // 32) + held
         block = max(1, min(sq, _SETTLED_BYTES // max(1, settled)))
         pick, table = channels * size, 4 * sk

@@ -21,7 +21,7 @@ from headfold.backends.triton.picks import Picks, Scatter, strides
 from headfold.backends.triton.products import NARROWEST, pieces
 from headfold.backends.triton.table import arch_of, tile
 from headfold.contract import compute_dtype
-from headfold.scatter_tiles import ATTENTION_SLAB_BYTES, ScatterTile
+from headfold.scatter_tiles import ScatterTile
 from headfold.tiles import blocks
 
 # Channels of a block at most.
@@ -250,7 +250,7 @@ def _backward_tile(query: Tensor, key: Tensor, value: Tensor | None, indices: Te
     channels = key_heads * (dim + (0 if value is None and not ranged else v_dim))
     held = heads * (3 * size + (4 if ranged else 0))
     topk = indices.shape[2] if sk else 0
-    return ScatterTile.of(sq, sk, topk, channels, size, held=held, slab_bytes=ATTENTION_SLAB_BYTES)
+    return ScatterTile.of(sq, sk, topk, channels, size, held=held, attention=True)
 
 
 def _widths(query: Tensor, key: Tensor, v_dim: int, shared: bool) -> dict[str, int | bool]:
