@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import AutoModelForCausalLM, StaticCache
-from transformers.masking_utils import sliding_window_causal_mask_function
+from transformers.masking_utils import bidirectional_mask_function, sliding_window_causal_mask_function
 from transformers.monkey_patching import get_patch_mapping
 
 from headfold import UnsupportedError
@@ -341,12 +341,19 @@ def test_what_stands_for_a_mask_moves_between_devices() -> None:
     assert mask.to("meta").keys.start.device.type == "meta"  # type: ignore[union-attr]
 
 
-@pytest.mark.parametrize(("use_vmap", "causal", "found"), [(True, True, "caller's"), (False, False, "is_causal=False")])
+@pytest.mark.parametrize(
+    ("use_vmap", "causal", "found"), [(True, True, "caller's"), (False, False, "a mask of both directions")]
+)
 def test_masks_that_are_no_range_are_refused(use_vmap: bool, causal: bool, found: str) -> None:
     config = config_of("axk2")
     config.is_causal = causal
     with pytest.raises(UnsupportedError, match=found):
         visible_keys(1, 4, 4, use_vmap=use_vmap, config=config)
+
+
+def test_an_encoder_s_mask_is_refused() -> None:
+    with pytest.raises(UnsupportedError, match="a mask of both directions"):
+        visible_keys(1, 4, 4, mask_function=bidirectional_mask_function, config=config_of("axk2"))
 
 
 def test_other_model_types_are_refused_by_name() -> None:

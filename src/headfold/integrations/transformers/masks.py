@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.masking_utils import causal_mask_function, prepare_padding_mask
+from transformers.masking_utils import bidirectional_mask_function, causal_mask_function, prepare_padding_mask
 
 from headfold.contract import UnsupportedError
 from headfold.keyrange import KeyRange
@@ -85,8 +85,9 @@ def visible_keys(
 
     Raises: UnsupportedError for masks that were composed by the caller, or that are not causal.
     """
-    if use_vmap or not getattr(config, "is_causal", True):
-        found = "a mask function of the caller's" if use_vmap else "is_causal=False"
+    bidirectional = mask_function is bidirectional_mask_function
+    if use_vmap or bidirectional or not getattr(config, "is_causal", True):
+        found = "a mask function of the caller's" if use_vmap else "a mask of both directions"
         raise UnsupportedError(
             f'attn_implementation="{NAME}" needs rows that see keys up to their own, got {found}. Give a bool mask '
             "[b, 1, sq, sk] instead."
