@@ -1,7 +1,7 @@
 """Write the measured tables and figures of the README and docs from docs/results/report.json and warmup.json.
 
     headfold prove --full --rounds 3 --threads 2 --report docs/results     # measures
-    python examples/warmup.py --threads 1 --out docs/results               # measures the example
+    python examples/warmup.py --threads 2 --out docs/results               # measures the example
     python docs/regenerate.py                                              # writes it into the pages
     python docs/regenerate.py --check                                      # exits 1 when a page says otherwise
 
