@@ -172,7 +172,7 @@ class Patch:
             for edit in edits:
                 edit.make()
                 done.append(edit)
-        except BaseException:
+        except BaseException:  # an interrupt, too, must not leave half of the changes; it goes on its way below
             for edit in reversed(done):
                 edit.revert()
             raise
@@ -197,7 +197,7 @@ class Patch:
             edit = self._done.pop()
             try:
                 edit.revert()
-            except Exception as error:  # noqa: BLE001 - what is left has to be put back too
+            except Exception as error:  # noqa: BLE001 - kept, and raised once the rest is put back
                 left.append(edit)
                 failure = failure or error
         self._done = left[::-1]
