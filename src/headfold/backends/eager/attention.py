@@ -8,6 +8,8 @@ on the host.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -134,6 +136,8 @@ class _Slab:
         self, tile: AttentionTile, like: Tensor, sink: Tensor | None, scale: float, *, backward: bool = False
     ) -> None:
         self.tile, self.scale = tile, scale
+        # A product rounds an operand that it scales; of half-precision inputs its terms are exact without.
+        self.scaled_after = abs(math.frexp(scale)[0]) != 0.5
         self.dtype, self.device = compute_dtype(like.dtype), like.device
         self.lowest = torch.finfo(self.dtype).min
         self.width = 0  # of the current slab, without the sink's column
@@ -173,9 +177,12 @@ class _Slab:
         self.q = self.matrices(head(self.query, *query.shape).copy_(query))
         slab = head(self.logits, *query.shape[:2], 1 + self.width)
         logits, spans, keys = self.matrices(slab), self.source.spans(), None
+        scale = 1.0 if self.scaled_after else self.scale
         for span in spans:
             keys = self.source.keys(key, span)
-            product(self.q, keys.transpose(1, 2), logits[..., 1 + span[0] : 1 + span[1]], scale=self.scale)
+            product(self.q, keys.transpose(1, 2), logits[..., 1 + span[0] : 1 + span[1]], scale=scale)
+        if self.scaled_after:
+            slab[..., 1:] *= self.scale
         self.source.hide(slab[..., 1:])
         slab[..., 0] = self.sink[heads]
         if with_largest:
