@@ -5,6 +5,7 @@ As in `tiles`, the launches and the planner read the same numbers, so a planned 
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
@@ -13,8 +14,9 @@ from headfold.tiles import MIB
 
 # A slab of scores stays in L2 between the kernel that fills it and the one that selects from it (50 MB on an H100).
 _SLAB_BYTES = 32 * MIB
-# What is kept of its rows, and waits; with a slab this leaves the default workspace room to spare.
-_KEPT_BYTES = 24 * MIB
+# What waits of its rows, and what is kept of many slabs' rows until they are sorted together: a slab of long rows has
+# too few of them to fill a chip. With a slab this leaves the default workspace room to spare.
+_WAITING_BYTES, _KEPT_BYTES = 16 * MIB, 14 * MIB
 # The fixed grid: slabs begin at a multiple of so many rows, and of the rows that one program scores, so that a row has
 # one place in its tile whatever the workspace. Fewer where even those are large: no GPU's product depends on the place.
 _ROWS = 16
@@ -33,21 +35,23 @@ _GRID = 65535  # programs along the second and third axis of a CUDA grid, which 
 
 @dataclass(frozen=True)
 class Kept:
-    """Scratch to select `topk` keys in so many rows at once, whose scores have `size` bytes.
+    """Scratch to select `topk` keys of so many rows before they are sorted, whose scores have `size` bytes.
 
-    capacity: how many keys of a row may wait for its cut, at least topk.
+    capacity: how many keys of a row may wait for its cut, at least topk.   waiting: rows whose keys wait at once.
     """
 
     rows: int
     topk: int
     capacity: int
     size: int
+    waiting: int
 
     @classmethod
-    def of(cls, rows: int, sk: int, topk: int, size: int) -> Kept:
-        """Return the scratch for rows of sk keys."""
+    def of(cls, rows: int, sk: int, topk: int, size: int, waiting: int | None = None) -> Kept:
+        """Return the scratch for rows of sk keys, all of which wait at once unless `waiting` says fewer."""
         topk = min(topk, sk)
-        return cls(rows, topk, max(topk, min(sk, _WAITING if sk <= _LONG else _WAITING_LONG)), size)
+        capacity = max(topk, min(sk, _WAITING if sk <= _LONG else _WAITING_LONG))
+        return cls(rows, topk, capacity, size, rows if waiting is None else waiting)
 
     @property
     def block(self) -> int:
@@ -66,18 +70,23 @@ class Kept:
 
     @property
     def row_bytes(self) -> int:
-        """Scratch of one row: the order and key of what is kept and of what waits, a count, and what is packed."""
-        return (self.topk + self.capacity) * (self.size + _KEY) + _KEY + 8 * self.packed
+        """Scratch of one row: the order and key of what is kept, a count, and what is packed."""
+        return self.topk * (self.size + _KEY) + _KEY + 8 * self.packed
+
+    @property
+    def waiting_bytes(self) -> int:
+        """Scratch of one row while its keys wait: their order and key."""
+        return self.capacity * (self.size + _KEY)
 
     @property
     def scratch_bytes(self) -> int:
         """Scratch of all rows."""
-        return self.rows * self.row_bytes
+        return self.rows * self.row_bytes + self.waiting * self.waiting_bytes
 
 
 @dataclass(frozen=True)
 class SlabSelection:
-    """A fold of slabs of scores into the best keys of each row.
+    """A fold of slabs of scores into the best keys of each row, which are sorted when `kept` is full of them.
 
     elements: scores of a slab.   least: rows of the fixed grid, of which a slab holds a whole number.   folded: bytes
     of the queries of a slab's rows folded over heads, where there is no activation.
@@ -94,18 +103,27 @@ class SlabSelection:
     ) -> SlabSelection:
         """Return the fold that a workspace leaves room for, or the smallest there is."""
         one = Kept.of(1, sk, topk, size)
-        scored, kept_row = padded(sk) * size, one.row_bytes + (0 if relu else d * size)
+        scored, waiting_row = padded(sk) * size, one.waiting_bytes + (0 if relu else d * size)
+        held = scored + waiting_row + one.row_bytes
         least = max(_ROWS, _PRODUCT_ROWS >> (h - 1).bit_length())
-        while least > 1 and min(sq, least) * (scored + kept_row) > _LEAST_BYTES:
+        while least > 1 and min(sq, least) * held > _LEAST_BYTES:
             least //= 2
         least = max(1, min(sq, least))
-        kept = max(least * kept_row, min(_KEPT_BYTES, workspace * 3 // 7))
-        slab = max(least * scored, min(_SLAB_BYTES, workspace - kept))
-        kept = max(least * kept_row, min(kept, workspace - slab))
         most = max(1, b) * -(-sq // least) * least
-        rows = max(least, min(most, min(kept // kept_row, _GRID) // least * least))
-        elements = max(least, min(most, slab // max(1, scored))) * padded(sk)
-        return cls(replace(one, rows=rows), elements, least, ScoreTile(1, rows, sk, h, d, size, relu).folded_bytes)
+
+        def rows(space: int, row_bytes: int) -> int:
+            return max(least, min(most, space // max(1, row_bytes) // least * least))
+
+        # A slab of rows that see few keys has more of them, so what waits has a share of its own.
+        room = max(0, workspace - least * scored)
+        share = room * waiting_row // max(1, waiting_row + one.row_bytes)
+        waiting = min(rows(min(_WAITING_BYTES, workspace // 4, share), waiting_row), _GRID // least * least)
+        share = room - waiting * waiting_row
+        sorted_rows = max(waiting, rows(min(_KEPT_BYTES, workspace * 7 // 32, share), one.row_bytes))
+        spare = workspace - waiting * waiting_row - sorted_rows * one.row_bytes
+        elements = max(least, min(most, min(_SLAB_BYTES, spare) // max(1, scored))) * padded(sk)
+        kept = replace(one, rows=sorted_rows, waiting=waiting)
+        return cls(kept, elements, least, ScoreTile(1, waiting, sk, h, d, size, relu).folded_bytes)
 
     @property
     def scratch_bytes(self) -> int:
@@ -116,7 +134,8 @@ class SlabSelection:
         """Yield the slabs of a call that see any key.   limit: one past the last key that a row may see."""
         batches = 1
         if self._rows(0, sq, limit) == sq:
-            batches = max(1, min(b, self.kept.rows // max(1, sq), self.elements // max(1, sq * padded(limit(sq - 1)))))
+            most = self.elements // max(1, sq * padded(limit(sq - 1)))
+            batches = max(1, min(b, self.kept.waiting // max(1, sq), most))
         for batch in range(0, b, batches):
             row = 0
             while row < sq:
@@ -128,9 +147,13 @@ class SlabSelection:
 
     def _rows(self, row: int, sq: int, limit: Callable[[int], int]) -> int:
         """Return how many rows from `row` on a slab takes: as many as fit, with all the keys that they see."""
-        rows = self.kept.rows
-        while rows > self.least and min(sq - row, rows) * padded(limit(min(sq, row + rows) - 1)) > self.elements:
-            rows -= self.least
+
+        def crowded(grains: int) -> bool:
+            rows = min(sq - row, grains * self.least)
+            return rows * padded(limit(row + rows - 1)) > self.elements
+
+        most = max(1, self.kept.waiting // self.least)
+        rows = self.least * max(1, bisect_left(range(1, most + 1), x=True, key=crowded))
         return min(sq - row, rows)
 
 
@@ -148,3 +171,13 @@ class Slab:
 def padded(width: int) -> int:
     """Return the scores from one row of a slab to the next."""
     return -(-width // PADDING) * PADDING
+
+
+def cdiv(a: int, b: int) -> int:
+    """Return a / b rounded up."""
+    return -(-a // b)
+
+
+def power_of_two(x: int) -> int:
+    """Return the smallest power of two that is at least x."""
+    return 1 << max(0, x - 1).bit_length()

@@ -76,7 +76,10 @@ def key_of(both):
 
 @triton.jit
 def _put(found, found_key, at, order, key, mask):
-    """Write orders and keys to places of a row: together where one int64 holds both, else to two arrays."""
+    """Write orders and keys to places of a row: together where one int64 holds both, else to two arrays.
+
+    found, found_key: the start of what is kept or of what waits, of one or of each.
+    """
     if found_key is None:
         tl.store(found + at, packed(order, key), mask=mask)
     else:
@@ -127,6 +130,8 @@ def _walk(
     scores,
     found,
     found_key,
+    waiting,
+    waiting_key,
     low,
     high,
     fence,
@@ -138,7 +143,7 @@ def _walk(
     TOP: tl.constexpr,
     STEP: tl.constexpr,
 ):
-    """Keep what is above b, let what is above a alone wait behind, both in the order of keys; return their numbers."""
+    """Keep what is above b, let what is above a alone wait, both in the order of keys; return their numbers."""
     above = tl.zeros((), tl.int32)
     between = tl.zeros((), tl.int32)
     for first in range(low // 16 * 16, high, STEP):
@@ -146,26 +151,32 @@ def _walk(
         over, under = order > b, (order > a) & (order <= b)
         tally = over.to(tl.int32) + (under.to(tl.int32) << HALF)
         place = tl.cumsum(tally, axis=0) - tally
-        at = tl.where(over, above + (place & LOW_HALF), topk + between + (place >> HALF))
-        room = at < tl.where(over, topk, topk + capacity)
-        _put(found, found_key, at, order, t, (over | under) & room)
+        at = tl.where(over, above + (place & LOW_HALF), between + (place >> HALF))
+        room = at < tl.where(over, topk, capacity)
+        places, key_places = tl.where(over, found, waiting), None
+        if found_key is not None:
+            key_places = tl.where(over, found_key, waiting_key)
+        _put(places, key_places, at, order, t, (over | under) & room)
         total = tl.sum(tally, axis=0)
         above += total & LOW_HALF
         between += total >> HALF
     return above, between
 
 
-@triton.jit(do_not_specialize=["sk", "topk", "capacity", "offset"])
+@triton.jit(do_not_specialize=["sk", "topk", "capacity", "first_line", "offset"])
 def keep_kernel(
     scores,
     start,
     end,
     found,
     found_key,
+    waiting,
+    waiting_key,
     count,
     sk,
     topk,
     capacity,
+    first_line,
     offset,
     scores_batch,
     scores_row,
@@ -184,16 +195,20 @@ def keep_kernel(
 ):
     """Keep the best topk keys of a row that score above -inf, in no order.
 
-    found: [batches, rows, topk + capacity], int64 of order and key, or orders alone with found_key beside them: what is
-    kept, and behind it what waits; capacity is at least topk.   count: int32 [batches, rows], how many are kept.
+    found: [lines, topk], int64 of order and key, or orders alone with found_key beside them: what is kept. The rows of
+    all batches are lines from `first_line` on.   waiting, waiting_key: as those, [batches, rows, capacity], what waits
+    for the cut; capacity is at least topk.   count: int32 [lines], how many are kept.
     ALIGNED: whether rows begin at, and may be read up to, a multiple of 16 scores.
     """
     row, batch = tl.program_id(0), tl.program_id(1).to(tl.int64)
-    line = batch * tl.num_programs(0) + row
+    here = batch * tl.num_programs(0) + row
+    line = first_line + here
     scores += batch * scores_batch + row.to(tl.int64) * scores_row
-    found += line * (topk + capacity)
+    found += line * topk
+    waiting += here * capacity
     if found_key is not None:
-        found_key += line * (topk + capacity)
+        found_key += line * topk
+        waiting_key += here * capacity
     if start is not None:
         start += batch * start_batch
     if end is not None:
@@ -209,7 +224,9 @@ def keep_kernel(
         b = a
     elif n > capacity:
         a, b = _pivots(scores, low, n, topk, BOTTOM, TOP, ORDER, SAMPLE)
-    above, between = _walk(scores, found, found_key, low, high, fence, a, b, topk, capacity, BOTTOM, TOP, STEP)
+    above, between = _walk(
+        scores, found, found_key, waiting, waiting_key, low, high, fence, a, b, topk, capacity, BOTTOM, TOP, STEP
+    )
 
     # The cut lies in (a, b]: at most topk keys are above b, and at least topk above a, or a is BOTTOM.
     crowded = (between > capacity) & (a + 1 < b)
@@ -231,7 +248,9 @@ def keep_kernel(
             else:
                 b, fewer = pivot, over
         tl.debug_barrier()
-        above, between = _walk(scores, found, found_key, low, high, fence, a, b, topk, capacity, BOTTOM, TOP, STEP)
+        above, between = _walk(
+            scores, found, found_key, waiting, waiting_key, low, high, fence, a, b, topk, capacity, BOTTOM, TOP, STEP
+        )
     tl.debug_barrier()
 
     # Of those that wait, in the order of keys, take what is above b, and the first ones of what is b.
@@ -244,7 +263,7 @@ def keep_kernel(
         over = tl.zeros((), tl.int32)
         for first in range(0, between, STEP):
             i = first + tl.arange(0, STEP)
-            order, _ = _get(found, found_key, topk + i, i < between)
+            order, _ = _get(waiting, waiting_key, i, i < between)
             over += tl.sum(((order > pivot) & (i < between)).to(tl.int32), axis=0)
         if over > wanted:
             a = pivot
@@ -253,7 +272,7 @@ def keep_kernel(
     at_over, at_even = above, above + taken
     for first in range(0, between, STEP):
         i = first + tl.arange(0, STEP)
-        order, key = _get(found, found_key, topk + i, i < between)
+        order, key = _get(waiting, waiting_key, i, i < between)
         over, even = (order > b) & (i < between), (order == b) & (i < between)
         tally = over.to(tl.int32) + (even.to(tl.int32) << HALF)
         place = tl.cumsum(tally, axis=0) - tally

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any, NamedTuple
 
 import torch
-import triton
 from torch import Tensor
 
 from headfold.backends.triton.backward import key_gradients, query_gradients
@@ -16,9 +16,10 @@ from headfold.backends.triton.table import Row, arch_of, tile
 from headfold.backends.triton.visible import bias_strides, bound_strides, rows_of
 from headfold.contract import compute_dtype
 from headfold.tiles import blocks
+from headfold.triton_tiles import cdiv, power_of_two
 
 # Programs that keep a large chip busy; a block of rows shares its keys out where there are fewer.
-_PROGRAMS = 528
+_PROGRAMS = 1056
 # Tiles of keys that a program has at least, to be worth the load of its queries.
 _TILES = 4
 # Rows whose bounds are read at a time, to find those that see a block of keys.
@@ -77,27 +78,10 @@ class Slab(NamedTuple):
 
     def constants(self, row: Row, relu: bool) -> dict[str, Any]:
         """Return the constants that the score kernels share, and the launch's own."""
-        h, d = self.q.shape[2:]
-        heads = triton.next_power_of_2(h)
-        first, second = pieces(d)
-        return {
-            "RATIO": self.ratio,
-            "HAS_OFFSET": self.offset is not None,
-            "RELU": relu,
-            "H": h,
-            "D": d,
-            "HEADS": heads,
-            "FIRST": first,
-            "SECOND": second,
-            "ROWS": max(1, row.rows // heads),
-            "KEYS": row.keys,
-            "STAGES": row.stages,
-            "PRECISION": "tf32" if self.q.dtype == torch.float16 else precision(self.k.dtype),
-            "ACC": ACCUMULATORS[compute_dtype(self.q.dtype)],
-            "UPCAST": self.q.device.type == "cpu",
-            "num_warps": row.warps,
-            "num_stages": row.stages,
-        }
+        q, half = self.q, self.q.dtype == torch.float16
+        exact = "tf32" if half else precision(self.k.dtype)
+        bound = self.ratio, self.offset is not None
+        return constants_of(row, *bound, relu, *q.shape[2:], exact, compute_dtype(q.dtype), q.device.type == "cpu")
 
     @property
     def wide(self) -> bool:
@@ -108,6 +92,32 @@ class Slab(NamedTuple):
         return self.q.dtype == torch.float16 or self.q.dtype != self.k.dtype
 
 
+@functools.cache  # a fold of many slabs asks once for each
+def constants_of(
+    row: Row, ratio: int, bounded: bool, relu: bool, h: int, d: int, exact: str, dtype: torch.dtype, upcast: bool
+) -> dict[str, Any]:
+    """Return the constants of a launch, which nobody may change.   exact: how float32 is multiplied."""
+    heads, (first, second) = power_of_two(h), pieces(d)
+    return {
+        "RATIO": ratio,
+        "HAS_OFFSET": bounded,
+        "RELU": relu,
+        "H": h,
+        "D": d,
+        "HEADS": heads,
+        "FIRST": first,
+        "SECOND": second,
+        "ROWS": max(1, row.rows // heads),
+        "KEYS": row.keys,
+        "STAGES": row.stages,
+        "PRECISION": exact,
+        "ACC": ACCUMULATORS[dtype],
+        "UPCAST": upcast,
+        "num_warps": row.warps,
+        "num_stages": row.stages,
+    }
+
+
 def launch_scores(out: Tensor, slab: Slab, *, relu: bool, add: bool = False) -> None:
     """Write out [b, rows, sk], or add to what other heads wrote there."""
     (b, sq, _, _), sk = slab.q.shape, slab.k.shape[1]
@@ -115,11 +125,11 @@ def launch_scores(out: Tensor, slab: Slab, *, relu: bool, add: bool = False) -> 
         return
     row = slab.row("scores")
     constants = slab.constants(row, relu)
-    rows = triton.cdiv(sq, constants["ROWS"])
-    shares = max(1, min(triton.cdiv(_PROGRAMS, b * rows), sk // (row.keys * _TILES)))
-    per_program = triton.cdiv(triton.cdiv(sk, shares), row.keys) * row.keys
+    rows = cdiv(sq, constants["ROWS"])
+    shares = max(1, min(cdiv(_PROGRAMS, b * rows), sk // (row.keys * _TILES)))
+    per_program = cdiv(cdiv(sk, shares), row.keys) * row.keys
     strides = *out.stride(), *slab.strides()
-    grid = rows, b, triton.cdiv(sk, per_program)
+    grid = rows, b, cdiv(sk, per_program)
     score_slab[grid](out, *slab.arguments(), per_program, slab.scale, *strides, ADD=add, **constants)
 
 
@@ -130,7 +140,7 @@ def launch_query_gradients(dq: Tensor | None, dweights: Tensor | None, g: Tensor
         return
     constants = slab.constants(slab.row("query_gradients"), relu)
     strides = *strides_of(dq, 4), *strides_of(dweights, 3), *g.stride(), *slab.strides()
-    grid = triton.cdiv(sq, constants["ROWS"]), b
+    grid = cdiv(sq, constants["ROWS"]), b
     query_gradients[grid](dq, dweights, g, *slab.arguments(), slab.scale, *strides, WIDE=slab.wide, **constants)
 
 
@@ -143,7 +153,7 @@ def launch_key_gradients(dk: Tensor, g: Tensor, slab: Slab, *, relu: bool, add: 
     constants = {**slab.constants(row, relu), "ADD": add and parts == 1, "SCAN": _SCAN, "WIDE": slab.wide}
     sums = dk.unsqueeze(0) if parts == 1 else empty(slab.k, parts, b, sk, d)
     strides = *sums.stride(), *g.stride(), *slab.strides()
-    grid = triton.cdiv(sk, row.keys), b, parts
+    grid = cdiv(sk, row.keys), b, parts
     key_gradients[grid](sums, g, *slab.arguments(), slab.scale, *strides, **constants)
     if parts > 1:
         for part in sums[1:]:
@@ -157,7 +167,7 @@ def launch_fold(out: Tensor, q: Tensor, weights: Tensor | None) -> None:
     if b * sq > 0:
         constants = _fold_constants(q)
         strides = *out.stride()[:2], *q.stride(), *strides_of(weights, 3)
-        fold_heads[(triton.cdiv(sq, constants["ROWS"]), b)](out, q, weights, sq, *strides, **constants)
+        fold_heads[(cdiv(sq, constants["ROWS"]), b)](out, q, weights, sq, *strides, **constants)
 
 
 def launch_unfold(dq: Tensor | None, dweights: Tensor | None, u: Tensor, q: Tensor, weights: Tensor | None) -> None:
@@ -166,7 +176,7 @@ def launch_unfold(dq: Tensor | None, dweights: Tensor | None, u: Tensor, q: Tens
     if b * sq > 0:
         constants = _fold_constants(q)
         strides = *strides_of(dq, 4), *strides_of(dweights, 3), *u.stride()[:2], *q.stride(), *strides_of(weights, 3)
-        grid = triton.cdiv(sq, constants["ROWS"]), b
+        grid = cdiv(sq, constants["ROWS"]), b
         unfold_heads[grid](dq, dweights, u, q, weights, sq, *strides, **constants)
 
 
@@ -186,7 +196,7 @@ def _fold_constants(q: Tensor) -> dict[str, Any]:
     return {
         "H": q.shape[2],
         "D": q.shape[3],
-        "WIDTH": triton.next_power_of_2(q.shape[3]),
+        "WIDTH": power_of_two(q.shape[3]),
         "ROWS": row.rows,
         "ACC": ACCUMULATORS[dtype],
         "num_warps": row.warps,

@@ -25,7 +25,7 @@ def _write(packed, indices, scores, j, topk, TOP: tl.constexpr):
         tl.store(scores + j, score, mask=j < topk)
 
 
-@triton.jit(do_not_specialize=["topk", "found_row", "blocks", "period", "apart"])
+@triton.jit(do_not_specialize=["topk", "blocks", "period", "apart"])
 def sort_kernel(
     found,
     count,
@@ -33,7 +33,6 @@ def sort_kernel(
     indices,
     scores,
     topk,
-    found_row,
     blocks,
     period,
     apart,
@@ -65,7 +64,7 @@ def sort_kernel(
     e = tl.arange(0, 2 * BLOCK)
     j = tl.where(e < BLOCK, one * BLOCK + e, (one + apart - 1) * BLOCK + e)
     if FIRST:
-        x = tl.load(found + line * found_row + j, mask=j < tl.load(count + line), other=NOTHING)
+        x = tl.load(found + line * topk + j, mask=j < tl.load(count + line), other=NOTHING)
     else:
         x = tl.load(packed + line * blocks * BLOCK + j)
     x = tl.sort(x, descending=True)
@@ -103,7 +102,7 @@ def write_kernel(
     _write(x, indices, scores, j, topk, TOP)
 
 
-@triton.jit(do_not_specialize=["topk", "found_row"])
+@triton.jit(do_not_specialize=["topk"])
 def count_kernel(
     found,
     found_key,
@@ -111,7 +110,6 @@ def count_kernel(
     indices,
     scores,
     topk,
-    found_row,
     indices_batch,
     indices_row,
     scores_batch,
@@ -121,12 +119,12 @@ def count_kernel(
 ):
     """Write what was kept to the place that the number of better ones gives it: the order of any width, unpacked.
 
-    found, found_key: [batches, rows, found_row], order and key of what is kept.   count: [batches, rows], how many.
+    found, found_key: [batches, rows, topk], order and key of what is kept.   count: [batches, rows], how many.
     """
     row, batch = tl.program_id(0), tl.program_id(2).to(tl.int64)
     line = batch * tl.num_programs(0) + row
-    found += line * found_row
-    found_key += line * found_row
+    found += line * topk
+    found_key += line * topk
     many = tl.load(count + line)
     i = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     order = tl.load(found + i, mask=i < many, other=0)

@@ -10,19 +10,19 @@ import torch
 from headfold.backends.triton.compiling import Specimen
 from headfold.backends.triton.keep import keep_kernel
 from headfold.backends.triton.order import count_kernel, sort_kernel, write_kernel
-from headfold.backends.triton.select import ORDERS, TILES, WRITE_WARPS, Row
+from headfold.backends.triton.select import ORDERS, TILES, WRITE_WARPS, Row, row_of
 from headfold.triton_tiles import Kept
 
 POINTERS = {torch.float32: "*fp32:16", torch.float64: "*fp64:16"}
 # Widths of a selection: one that one program sorts, the widest of these, and one that is merged.
 WIDTHS = (512, 2048, 4096)
 # Arguments by whose values nothing is specialised, and strides that are not a multiple of 16.
-ODD = ("sk", "topk", "capacity", "offset", "found_row", "blocks", "period", "apart", "start_row", "end_row")
+ODD = ("sk", "topk", "capacity", "first_line", "offset", "blocks", "period", "apart", "start_row", "end_row")
 
 
 def specimens(arch: str) -> Iterator[Specimen]:
     """Yield the selecting kernels' specimens of an architecture; those of the default selection come first."""
-    rows = [row for row in TILES if row.arch in (arch, "*")]
+    rows = [row for row in TILES if row is row_of(arch, row.sk)]
     for row in rows:
         for ranged in (False, True):
             yield _keep(row, torch.float32, ranged=ranged)
@@ -30,7 +30,7 @@ def specimens(arch: str) -> Iterator[Specimen]:
         yield from _sort(rows[0], width)
     for row in rows:
         yield _keep(row, torch.float64, ranged=True)
-    yield _specimen("order by counting", count_kernel, torch.float64, {"BLOCK": rows[0].pairs}, rows[0].sort_warps)
+    yield _specimen("order by counting", count_kernel, torch.float64, {"BLOCK": rows[0].pairs}, WRITE_WARPS)
 
 
 def _keep(row: Row, dtype: torch.dtype, *, ranged: bool) -> Specimen:
@@ -47,7 +47,7 @@ def _keep(row: Row, dtype: torch.dtype, *, ranged: bool) -> Specimen:
     if not ranged:
         constants |= dict.fromkeys(("start", "end"))
     if dtype == torch.float32:
-        constants["found_key"] = None
+        constants |= dict.fromkeys(("found_key", "waiting_key"))
     label = f"keep {str(dtype).removeprefix('torch.')} sk={row.sk}" + (" ranged" if ranged else "")
     return _specimen(label, keep_kernel, dtype, constants, row.warps)
 
@@ -57,15 +57,17 @@ def _sort(row: Row, width: int) -> Iterator[Specimen]:
     label, only = f"sort topk={width}", plan.blocks == 2
     for first in (True,) if only else (True, False):
         constants = {"BLOCK": plan.block, "FIRST": first, "ONLY": only}
-        yield _specimen(label + ("" if first else " merge"), sort_kernel, torch.float32, constants, row.sort_warps)
+        name = label + ("" if first else " merge")
+        yield _specimen(name, sort_kernel, torch.float32, constants, row.sort_warps)
+        yield _specimen(f"{name}, many rows", sort_kernel, torch.float32, constants, row.many_warps)
     if not only:
         yield _specimen(f"write topk={width}", write_kernel, torch.float32, {"STEP": plan.block}, WRITE_WARPS)
 
 
 def _specimen(label: str, kernel: Any, dtype: torch.dtype, constants: dict[str, Any], warps: int) -> Specimen:
     constants = {**constants, "TOP": ORDERS[dtype].top}
-    types = dict.fromkeys(("start", "end", "count", "found_key", "indices"), "*i32:16")
-    types |= dict.fromkeys(("found", "packed"), "*i64:16")
+    types = dict.fromkeys(("start", "end", "count", "found_key", "waiting_key", "indices"), "*i32:16")
+    types |= dict.fromkeys(("found", "waiting", "packed"), "*i64:16")
     types |= {"scores": POINTERS[dtype], **dict.fromkeys(ODD, "i32")}
     taken = {name: types.get(name, "i32:16") for name in kernel.arg_names if name not in constants}
     return Specimen(label, kernel, taken, constants, warps, 1, matrix=False)

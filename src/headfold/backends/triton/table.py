@@ -10,6 +10,7 @@ it says:
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 import torch
@@ -200,6 +201,7 @@ def tile(kernel: str, arch: str, dtype: torch.dtype, d: int, h: int = 1) -> Row:
     raise UnsupportedError(f'{kernel}: has no tile for {arch}, {kind}, d={d}, h={h}. Use impl="eager".')
 
 
+@functools.cache  # asking torch takes longer than launching a kernel
 def arch_of(device: torch.device) -> str:
     """Return the row name of a device: "cpu" under the interpreter, "sm_80", "sm_90", "sm_100" or "gfx942".
 

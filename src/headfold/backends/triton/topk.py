@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from headfold.backends.triton.scores import fill_scores
-from headfold.backends.triton.select import Scratch, select
+from headfold.backends.triton.select import Scratch, keep, order
 from headfold.contract import compute_dtype
 from headfold.triton_tiles import Slab, SlabSelection, padded
 
@@ -50,7 +50,14 @@ def index_topk(
     plan = selection_plan(q, k, relu, topk, workspace)
     buffer = torch.empty(plan.elements, dtype=dtype, device=q.device)
     scratch = Scratch(plan.kept, q.device)
+    every = [x if x is None else x.view(1, b * sq, topk)[..., : plan.kept.topk] for x in (indices, scores)]
+    first, line = 0, 0  # rows [first, line) of the call, counted over batches, are kept and not yet sorted
     for part in plan.slabs(b, sq, partial(limit, sk, offset, ratio)):
+        rows = (part.batch_end - part.batch) * (part.row_end - part.row)
+        at = part.batch * sq + part.row
+        if at != line or line - first + rows > plan.kept.rows:
+            _sort(every, first, line, dtype, scratch)
+            first = at
         slab = slab_of(buffer, part)
         few_start, few_end, few_bias = (rows_within(x, part) for x in (start, end, bias))
         moved = None if offset is None else offset + part.row
@@ -67,10 +74,17 @@ def index_topk(
             relu,
             scale,
         )
-        kept = slice(part.batch, part.batch_end), slice(part.row, part.row_end), slice(plan.kept.topk)
-        of_rows = None if scores is None else scores[kept]
-        select(slab, indices[kept], of_rows, few_start, few_end, moved, ratio, scratch)
+        keep(slab, few_start, few_end, moved, ratio, scratch, at - first)
+        line = at + rows
+    _sort(every, first, line, dtype, scratch)
     return indices, scores
+
+
+def _sort(every: list[Tensor | None], first: int, end: int, dtype: torch.dtype, scratch: Scratch) -> None:
+    """Write rows [first, end) of indices and scores [1, b · sq, topk], which are the first lines of the scratch."""
+    indices, scores = (None if x is None else x[:, first:end] for x in every)
+    if indices is not None:
+        order(indices, scores, dtype, scratch)
 
 
 def limit(sk: int, offset: int | None, ratio: int, row: int) -> int:
