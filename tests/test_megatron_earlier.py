@@ -15,6 +15,7 @@ from torch import Tensor
 
 from headfold.integrations import megatron
 from headfold.integrations.megatron import earlier_loss
+from headfold.integrations.megatron.deferred import Deferred
 from headfold.integrations.megatron.earlier import filled
 from headfold.lanes.measure import allocator_peak
 from megatron_cases import ALONE, DSA, SCALE, TOPK, leaves
@@ -115,13 +116,14 @@ def test_scores_agree(dsa: Any, mask: str) -> None:
     with megatron.apply():
         ours, indices = dsa.fused_qk_topk_naive(*rest)
         plain = dsa._compute_index_scores(given["q"], given["weights"], given["k"])
-    with megatron.apply(keep_scores=False):
-        dropped, same = dsa.fused_qk_topk_naive(*rest)
+    with megatron.apply(keep_scores=True):
+        kept, same = dsa.fused_qk_topk_naive(*rest)
     torch.testing.assert_close(ours, scores, rtol=1e-5, atol=2e-5)
     torch.testing.assert_close(plain if hides is None else plain + hides, ours, rtol=0, atol=0)
     assert torch.equal(indices, same)
-    assert dropped.isnan().all()
-    assert dropped.shape == scores.shape
+    assert isinstance(ours, Deferred)
+    assert torch.equal(ours, kept)
+    assert type(kept) is Tensor
 
 
 def test_attention_agrees_and_a_row_without_a_key_is_nan(dsa: Any) -> None:
