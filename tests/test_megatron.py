@@ -311,9 +311,11 @@ def test_undo_restores_the_very_objects_and_leaves_the_dispatch_table_alone() ->
     assert set(patch.originals.values()) == {*before.values(), scatter}
     assert len(patch.status().replaced) == 6
     second = megatron.apply()
-    assert len(second.status().shared) == 6
-    second.undo()
+    assert len(second.status().shared) == len(patch.status().shared) == 6
     patch.undo()
+    assert all(getattr(dsa, name) is not original for name, original in before.items())
+    assert second.status().applied
+    second.undo()
     assert all(getattr(dsa, name) is original for name, original in before.items())
     assert dsa.dsa_masking.scatter_topk_into_index_mask is scatter
 
@@ -323,7 +325,7 @@ def test_another_version_or_signature_is_refused(monkeypatch: pytest.MonkeyPatch
     before = dict(vars(dsa))
     for version in ("0.16.2", "0.20.0"):
         monkeypatch.setattr(core, "__version__", version)
-        with pytest.raises(PatchError, match=rf"needs megatron-core >= 0\.17, < 0\.20, got {version}\."):
+        with pytest.raises(PatchError, match=rf"megatron: needs megatron-core >= 0\.17, < 0\.20, got {version}\."):
             megatron.apply()
     monkeypatch.setattr(core, "__version__", "0.18.2")
     sentence = r"needs .*dsa\._compute_index_scores to take \(q, weights, k\), got \(q, weights, k, use_relu=True\)"

@@ -39,7 +39,6 @@ def apply(*, keep_scores: bool = False, workspace: int | None = None) -> Patch:
         raise TypeError(f"{op}: keep_scores must be True or False, got {type(keep_scores).__name__}.")
     from headfold.integrations.megatron import current, earlier
 
-    MEGATRON.check()
-    generation = current if CURRENT.serves() else earlier
+    generation = current if CURRENT.holds(MEGATRON.check(op)) else earlier
     changes = generation.replacements(keep_scores=keep_scores, workspace=workspace)
     return Patch(op, tuple(changes), (MEGATRON,)).apply()
