@@ -20,6 +20,9 @@ from headfold.scores import index_scores
 from headfold.selection import index_topk
 
 DSA = "megatron.core.transformer.experimental_attention_variant.dsa"
+# Why a finite bias is refused.
+_TWICE = "Megatron-Core adds it twice in the forward pass of its loss and once in backward, which headfold does not"
+_NO_BIAS = "headfold attends to what was selected without a bias"
 _VISIBLE = "mask=None, varlen_starts=None, varlen_ends=None, key_positions=None"
 
 
@@ -151,7 +154,7 @@ class Loss:
         """
         op = "FusedDSAIndexerLoss"
         keys, order = args.bounds(op, mask, varlen_starts, varlen_ends, key_positions, q.device)
-        args.hides_or_not(op, mask)
+        args.hides_or_not(op, mask, _TWICE)
         q, k = args.together(q, k)
         query, key = args.together(args.four_axes(query), args.heads_once(args.four_axes(key)))
         if order is not None:
@@ -287,7 +290,7 @@ def _seen(
     indices = args.picks(indices, device)
     keys, order = args.bounds(op, mask, starts, ends, positions, device)
     if mask is not None:
-        args.hides_or_not(op, mask)
+        args.hides_or_not(op, mask, _NO_BIAS)
         seen = mask.expand(indices.shape[0], -1, -1).gather(-1, indices.clamp(min=0).long()) == 0
         return indices.masked_fill(~seen, -1), None
     if keys is None:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from headfold.attention import sparse_attention
+from headfold.contract import wants_grad
 from headfold.integrations.megatron import arguments as args
 from headfold.integrations.megatron.current import DSA, Scores, select
 from headfold.integrations.megatron.deferred import offered
@@ -131,7 +132,7 @@ class EarlierIndexerLoss:
         indices = chosen(q, weights, k, topk, bias=bias, workspace=self.workspace)
         reduce = summing("FusedDSAIndexerLoss", pg_collection.tp if pg_collection.tp.size() > 1 else None)
         workspace = DEFAULT_WORKSPACE if self.workspace is None else self.workspace
-        rest = bias, indices if sparse_loss else None, softmax_scale, reduce, workspace
+        rest = bias, indices if sparse_loss else None, softmax_scale, reduce, workspace, wants_grad(q, weights, k)
         loss: Tensor = EarlierLoss.apply(q, weights, k, query.detach(), args.heads_once(key.detach()), *rest)  # type: ignore[no-untyped-call]
         return indices, loss * loss_coeff
 
