@@ -63,7 +63,7 @@ def test_nothing_but_the_loss_is_made_where_no_gradient_is_wanted(monkeypatch: p
     monkeypatch.setattr(earlier_loss, "_through_softmax", lambda *_: pytest.fail("formed gradients"))
     with torch.no_grad():
         assert torch.equal(earlier(given, "q", "weights", "k")[0], with_gradient)
-        call = *leaves(given, ("q", "weights", "k")).values(), SCALE, TOPK, 1.0, None, False, ALONE
+        call: Any = *leaves(given, ("q", "weights", "k")).values(), SCALE, TOPK, 1.0, None, False, ALONE
         torch.testing.assert_close(EarlierIndexerLoss(1 << 21).apply(*call)[1], with_gradient)
     assert torch.equal(earlier(given)[0], with_gradient)
 
