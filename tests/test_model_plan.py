@@ -101,7 +101,7 @@ def test_the_bill_of_an_untrained_indexer_is_what_a_selection_takes() -> None:
     pytest.importorskip("megatron.core")
     from megatron.core.transformer.experimental_attention_variant import dsa
 
-    layer, b, s, dtype = CASES["indexer heads"]
+    layer, b, s, dtype = WIDE, 1, 1536, torch.bfloat16  # scores as large as what selects them
     generator = torch.Generator().manual_seed(0)
     shapes = (s, b, layer.heads, layer.dim), (s, b, layer.dim), (s, b, layer.heads)
     x = [torch.randn(shape, generator=generator).to(dtype) for shape in shapes]
