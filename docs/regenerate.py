@@ -1,7 +1,8 @@
-"""Write the measured tables and figures of the README and docs from docs/results/report.json and warmup.json.
+"""Write the measured tables and figures of the README and docs from the files of docs/results.
 
     headfold prove --full --rounds 3 --threads 2 --report docs/results     # measures
     python examples/warmup.py --threads 2 --out docs/results               # measures the example
+    python docs/measure_megatron.py                                        # measures Megatron-Core's functions
     python docs/regenerate.py                                              # writes it into the pages
     python docs/regenerate.py --check                                      # exits 1 when a page says otherwise
 
@@ -22,7 +23,7 @@ from tabulate import tabulate
 from headfold.lanes.record import show, show_bytes
 
 DOCS = Path(__file__).parent
-PAGES = (DOCS.parent / "README.md", DOCS / "story.md")
+PAGES = (DOCS.parent / "README.md", DOCS / "story.md", DOCS / "megatron.md")
 PLACE = re.compile(r"(<!-- measured: ([a-z ]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 Report = dict[str, Any]
@@ -126,12 +127,29 @@ def warmup(_: Report) -> str:
     )
 
 
+def megatron(_: Report) -> str:
+    """Peaks of Megatron-Core's functions as they come and on headfold, from a file of their own."""
+    found = json.loads((DOCS / "results" / "megatron.json").read_text(encoding="utf-8"))
+    e, shape = found["environment"], ", ".join(f"{name}={size}" for name, size in found["shape"].items())
+    table = [
+        [r["call"], show_bytes(r["stock"]), show_bytes(r["headfold"]), f"{r['stock'] / r['headfold']:.0f} ×"]
+        for r in found["rows"]
+    ]
+    head = ["peak of a call", "as it comes", "on headfold", "less by"]
+    where = (
+        f"{shape}, float32, sparse loss; megatron-core {e['megatron-core'].split('+')[0]}, torch "
+        f"{e['torch'].split('+')[0]}, {e['threads']} thread of a CPU."
+    )
+    return tabulate(table, head, tablefmt="github", disable_numparse=True) + f"\n\n{where}"
+
+
 MEASURED: dict[str, Callable[[Report], str]] = {
     "headline": headline,
     "residency": residency,
     "speed": speed,
     "selection": selection,
     "warmup": warmup,
+    "megatron": megatron,
     "conditions": lambda report: f"Measured at {conditions(report)}.",
 }
 

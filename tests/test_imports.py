@@ -18,7 +18,7 @@ FLOORS = [
     ["geometry", "loss_slabs"],
     ["contract", "presets", "parallel"],
     ["attention_contract"],
-    ["model_plan"],
+    ["model_plan", "megatron_split"],
     ["megatron_plan", "transformers_plan"],
     ["materialized", "backends"],
     ["ops", "materialized_attention", "materialized_loss"],

@@ -15,7 +15,9 @@ from torch import Tensor
 
 from headfold.integrations import megatron
 from headfold.integrations.megatron import earlier_loss
-from headfold.integrations.megatron.earlier import filled
+from headfold.integrations.megatron.deferred import Deferred
+from headfold.integrations.megatron.earlier import EarlierIndexerLoss, filled
+from headfold.integrations.megatron.earlier_loss import EarlierLoss
 from headfold.lanes.measure import allocator_peak
 from megatron_cases import ALONE, DSA, SCALE, TOPK, leaves
 
@@ -31,6 +33,49 @@ def test_rows_that_see_too_few_keys_take_the_smallest_hidden_ones() -> None:
     assert torch.equal(filled(indices.clone(), bias), expected.expand(2, -1, -1))
     assert torch.equal(filled(indices.clone(), bias.expand(2, -1, -1)), expected.expand(2, -1, -1))
     assert torch.equal(filled(indices.clone(), None), indices)
+
+
+def earlier(given: dict[str, Tensor], *names: str) -> tuple[Tensor, dict[str, Tensor]]:
+    """Loss of 0.17, a row a block, and its leaves; the key heads are expanded from one."""
+    x = leaves(given, names)
+    rest = None, None, SCALE, None, 1 << 21, bool(names) and torch.is_grad_enabled()
+    return EarlierLoss.apply(*x.values(), *rest), x  # type: ignore[no-untyped-call]
+
+
+def test_half_precision_gradients_are_rounded_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(earlier_loss, "_HELD", (1 << 21) // (4 * 2 * 26))  # a row a block
+    names = "q", "weights", "k"
+    given = {name: x.bfloat16() for name, x in inputs().items()}
+    found = []
+    for dtype in (torch.bfloat16, torch.float32):
+        loss, x = earlier({name: tensor.to(dtype) for name, tensor in given.items()}, *names)
+        loss.backward()
+        found.append([loss.detach(), *(x[name].grad for name in names)])
+    for half, single in zip(*found, strict=True):
+        assert isinstance(single, Tensor)
+        assert torch.equal(half, single.to(half.dtype))
+
+
+def test_nothing_but_the_loss_is_made_where_no_gradient_is_wanted(monkeypatch: pytest.MonkeyPatch) -> None:
+    given = inputs()
+    with_gradient, _ = earlier(given, "q", "weights", "k")
+    with_gradient.backward()
+    monkeypatch.setattr(earlier_loss, "_through_softmax", lambda *_: pytest.fail("formed gradients"))
+    with torch.no_grad():
+        assert torch.equal(earlier(given, "q", "weights", "k")[0], with_gradient)
+        call: Any = *leaves(given, ("q", "weights", "k")).values(), SCALE, TOPK, 1.0, None, False, ALONE
+        torch.testing.assert_close(EarlierIndexerLoss(1 << 21).apply(*call)[1], with_gradient)
+    assert torch.equal(earlier(given)[0], with_gradient)
+
+
+def test_each_gradient_is_made_by_itself() -> None:
+    loss, every = earlier(inputs(), "q", "weights", "k")
+    loss.backward()
+    for name in ("q", "weights", "k"):
+        loss, x = earlier(inputs(), name)
+        loss.backward()
+        assert [n for n, tensor in x.items() if tensor.grad is not None] == [name]
+        assert torch.equal(x[name].grad, every[name].grad)  # type: ignore[arg-type]
 
 
 @pytest.fixture
@@ -115,13 +160,14 @@ def test_scores_agree(dsa: Any, mask: str) -> None:
     with megatron.apply():
         ours, indices = dsa.fused_qk_topk_naive(*rest)
         plain = dsa._compute_index_scores(given["q"], given["weights"], given["k"])
-    with megatron.apply(keep_scores=False):
-        dropped, same = dsa.fused_qk_topk_naive(*rest)
+    with megatron.apply(keep_scores=True):
+        kept, same = dsa.fused_qk_topk_naive(*rest)
     torch.testing.assert_close(ours, scores, rtol=1e-5, atol=2e-5)
     torch.testing.assert_close(plain if hides is None else plain + hides, ours, rtol=0, atol=0)
     assert torch.equal(indices, same)
-    assert dropped.isnan().all()
-    assert dropped.shape == scores.shape
+    assert isinstance(ours, Deferred)
+    assert torch.equal(ours, kept)
+    assert type(kept) is Tensor
 
 
 def test_attention_agrees_and_a_row_without_a_key_is_nan(dsa: Any) -> None:

@@ -2,23 +2,20 @@ from __future__ import annotations
 
 import sys
 from dataclasses import replace
-from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 import pytest
 import torch
-import yaml
 
 from headfold.integrations import megatron
 from headfold.lanes.measure import allocator_peak
-from headfold.lanes.model_plan import megatron_plan
-from headfold.megatron_plan import from_arguments, stock_step
+from headfold.megatron_plan import stock_step
 from headfold.model_plan import (
     Call,
     LayerShape,
     ModelShape,
     Parallel,
+    Recompute,
     Step,
     headfold_step,
     longest,
@@ -100,6 +97,32 @@ def test_the_bill_of_headfold_is_what_the_patched_layer_takes(name: str) -> None
         assert 0.8 * figure <= peak <= figure + SMALL, (planned, forward, gradients, backward)
 
 
+def test_the_bill_of_an_untrained_indexer_is_what_a_selection_takes() -> None:
+    pytest.importorskip("megatron.core")
+    from megatron.core.transformer.experimental_attention_variant import dsa
+
+    layer, b, s, dtype = WIDE, 1, 1536, torch.bfloat16  # scores as large as what selects them
+    generator = torch.Generator().manual_seed(0)
+    shapes = (s, b, layer.heads, layer.dim), (s, b, layer.dim), (s, b, layer.heads)
+    x = [torch.randn(shape, generator=generator).to(dtype) for shape in shapes]
+    bounds = {"varlen_starts": torch.zeros(s, dtype=torch.int64), "varlen_ends": torch.arange(1, s + 1)}
+    call = Call(b, s, s, layer.np, dtype.itemsize, True)
+    narrow = replace(layer, trains=False, np=1, hn=1, v_dim=1)  # so that attention takes next to nothing
+    stock, ours = (step(narrow, call._replace(np=1)).forward for step in (stock_step, headfold_step))
+    assert ours > headfold_step(replace(narrow, computes=False), call._replace(np=1)).forward
+
+    def select() -> torch.Tensor:
+        _, indices = dsa.fused_qk_topk_naive(*x, layer.topk, **bounds)
+        found: torch.Tensor = indices
+        return found
+
+    before = allocator_peak(select, CPU).peak
+    with megatron.apply():
+        after = allocator_peak(select, CPU).peak
+    assert 0.8 * stock <= before <= stock + SMALL, (stock, before)
+    assert 0.8 * ours <= after <= ours + SMALL, (ours, after)
+
+
 def flat_stock(layer: LayerShape, call: Call) -> Step:
     """A path whose step is easy to add up: a byte a pair of row and key, held, and as much again while it works."""
     pairs = call.b * call.sq * call.sk
@@ -118,10 +141,54 @@ def test_stages_hold_their_layers_and_the_micro_batches_in_flight() -> None:
     assert bill.stock == bill.stages[0].stock
 
 
-def test_recomputed_layers_hold_their_hidden_states_alone() -> None:
-    model = ModelShape((LAYER,) * 3, dtype="float32", recompute=True, hidden=10)
+def test_stages_need_not_be_even() -> None:
+    model = ModelShape((LAYER,) * 3, dtype="float32")
+    bill = plan_model(model, 64, parallel=Parallel(pipeline=3, stages=(2, 0, 1)), stock=flat_stock)
+    inputs, pairs = bill.stages[0].layers[0].inputs, 64 * 64
+    assert [(stage.first, len(stage.layers)) for stage in bill.stages] == [(0, 2), (2, 0), (2, 1)]
+    assert bill.stages[0].stock == inputs + pairs + inputs + 3 * pairs + 2 * 2 * (inputs + pairs)
+    assert [stage.stock for stage in bill.stages[1:]] == [0, inputs + 3 * pairs]
+    with pytest.raises(ValueError, match=r"stages must add up to 3 layers, got \[2, 2\]"):
+        plan_model(model, 64, parallel=Parallel(pipeline=2, stages=(2, 2)), stock=flat_stock)
+    with pytest.raises(ValueError, match=r"stages must name 2 stages, as pipeline says, got 1"):
+        Parallel(pipeline=2, stages=(3,))
+
+
+HIDDEN, PAIRS = 64 * 10 * 4, 64 * 64
+KEPT = {  # peak of a stage of five layers by what runs again, in inputs, pairs and hidden states
+    Recompute(): (5, 4 + 3, 0),
+    Recompute("layers", 1): (1, 3, 5),
+    Recompute("layers", 2): (2, 1 + 3, 2),  # the second run of two; the last of one holds one hidden state more
+    Recompute("layers", 9): (5, 4 + 3, 1),
+    Recompute("first", 2): (3, 2 + 3, 2),
+    Recompute("first", 9): (1, 3, 5),
+}
+
+
+@pytest.mark.parametrize("recompute", KEPT, ids=lambda r: f"{r.what} {r.layers}")
+def test_what_runs_again_is_not_held(recompute: Recompute) -> None:
+    model = ModelShape((LAYER,) * 5, dtype="float32", recompute=recompute, hidden=10)
     bill = plan_model(model, 64, stock=flat_stock)
-    assert bill.stock == bill.stages[0].layers[0].inputs + 3 * 64 * 64 + 2 * 64 * 10 * 4
+    inputs, pairs, hidden = KEPT[recompute]
+    assert bill.stock == inputs * bill.stages[0].layers[0].inputs + pairs * PAIRS + hidden * HIDDEN
+
+
+def test_attention_that_runs_again_holds_what_goes_in_and_out() -> None:
+    model = ModelShape((LAYER,) * 5, dtype="float32", recompute=Recompute("attention"))
+    bill = plan_model(model, 64, stock=flat_stock)
+    layer = bill.stages[0].layers[0]
+    assert 0 < layer.attention < layer.inputs
+    assert bill.stock == 4 * layer.attention + layer.inputs + 3 * PAIRS
+
+
+def test_hidden_states_are_those_of_one_device() -> None:
+    model = ModelShape((LAYER,) * 5, dtype="float32", recompute=Recompute("layers"), hidden=10)
+    split = Parallel(tensor=2, context=4)
+    whole, shared = (
+        plan_model(replace(model, shares_hidden=shares), 64, parallel=split, stock=flat_stock)
+        for shares in (False, True)
+    )
+    assert whole.stock - shared.stock == 5 * (16 - 8) * 10 * 4
 
 
 def test_a_forward_pass_holds_nothing_between_layers() -> None:
@@ -172,97 +239,10 @@ def test_what_does_not_split_is_refused() -> None:
         ModelShape(())
     with pytest.raises(ValueError, match=r"ModelShape: dtype must be one of .*, got 'fp8'"):
         ModelShape((LAYER,), dtype="fp8")
-
-
-ARGUMENTS: dict[str, Any] = {
-    "language_model": {
-        "num_layers": 6,
-        "hidden_size": 640,
-        "num_attention_heads": 8,
-        "kv_lora_rank": 48,
-        "qk_pos_emb_head_dim": 16,
-        "dsa_indexer_n_heads": 16,
-        "dsa_indexer_head_dim": 64,
-        "dsa_indexer_topk": 128,
-        "dsa_indexer_topk_freq": 3,
-        "dsa_indexer_skip_topk_offset": 2,
-        "dsa_indexer_loss_coeff": 0.01,
-        "dsa_indexer_scoring_relu": False,
-        "recompute_granularity": "full",
-    },
-    "model_parallel": {
-        "tensor_model_parallel_size": 2,
-        "context_parallel_size": 3,
-        "pipeline_model_parallel_size": 2,
-        "bf16": True,
-    },
-    "micro_batch_size": 2,
-    "seq_length": 4096,
-}
-
-
-def test_arguments_are_read_nested_or_flat() -> None:
-    parts = [part for part in ARGUMENTS.values() if isinstance(part, dict)]
-    flat = {f"--{name.replace('_', '-')}": value for part in parts for name, value in part.items()}
-    flat |= {name: value for name, value in ARGUMENTS.items() if not isinstance(value, dict)}
-    plan = from_arguments(ARGUMENTS, "a.yaml")
-    assert from_arguments(flat, "a.yaml") == plan
-    own = replace(LAYER, relu=False)
-    shared = replace(own, computes=False, trains=False)
-    assert plan.model == ModelShape((own, own, shared, shared, own, shared), 2, "bfloat16", recompute=True, hidden=640)
-    assert plan.parallel == Parallel(2, 3, 2)
-    assert plan.tokens == 4096
-
-
-def test_layers_that_share_are_those_of_megatron() -> None:
-    pytest.importorskip("megatron.core")
-    from megatron.core.transformer.experimental_attention_variant.dsa import is_dsa_skip_topk_layer
-
-    model = from_arguments(ARGUMENTS, "a.yaml").model
-    assert [layer.computes for layer in model.layers] == [not is_dsa_skip_topk_layer(n, 2, 3) for n in range(1, 7)]
-
-
-WRONG: dict[str, tuple[dict[str, Any], str]] = {
-    "misspelt": ({"dsa_indexer_top_k": 4}, r"a\.yaml: dsa arguments must be among .*, got dsa_indexer_top_k\."),
-    "misspelt elsewhere": ({"indexer_heads": 4}, r"got indexer_heads\."),
-    "missing": ({"dsa_indexer_topk": None}, r"a\.yaml: needs dsa_indexer_topk \(selected keys\), got a file without\."),
-    "no size": ({"num_layers": "61"}, r"a\.yaml: num_layers must be an integer of at least 1, got '61'\."),
-    "no number": ({"dsa_indexer_loss_coeff": "x"}, r"a\.yaml: dsa_indexer_loss_coeff must be a number, got 'x'\."),
-}
-
-
-@pytest.mark.parametrize("name", WRONG)
-def test_what_the_file_gets_wrong_is_named(name: str) -> None:
-    change, sentence = WRONG[name]
-    with pytest.raises(ValueError, match=sentence):
-        from_arguments({**ARGUMENTS["language_model"], **change}, "a.yaml")
-
-
-def test_the_command_bills_every_kind_of_layer_and_the_longest_context(tmp_path: Path) -> None:
-    path = tmp_path / "args.yaml"
-    path.write_text(yaml.safe_dump(ARGUMENTS))
-    lane = megatron_plan(path, tokens=600, b=1, memory=64 * MIB)
-    plan = from_arguments(ARGUMENTS, "a.yaml")
-    model = replace(plan.model, b=1)
-    bill = plan_model(model, 600, parallel=plan.parallel, stock=stock_step)
-    assert [row["layers"] for row in lane.rows] == ["0-1, 4", "0-1, 4", "2-3, 5", "2-3, 5", *["largest stage"] * 2]
-    first = bill.stages[0].layers[0]
-    assert [lane.rows[0][key] for key in ("forward", "held", "backward", "inputs")] == [*first.stock, first.inputs]
-    assert [lane.rows[1][key] for key in ("forward", "held", "backward", "inputs")] == [*first.headfold, first.inputs]
-    assert [row["total"] for row in lane.rows[-2:]] == [bill.stock, bill.headfold]
-    assert tuple(row["longest"] for row in lane.rows[-2:]) == longest(
-        model, 64 * MIB, parallel=plan.parallel, stock=stock_step
-    )
-
-
-@pytest.mark.parametrize("text", ["a: [", "- 1", "\x00"])
-def test_a_file_that_is_no_mapping_is_refused(tmp_path: Path, text: str) -> None:
-    path = tmp_path / "args.yaml"
-    path.write_text(text)
-    with pytest.raises(
-        ValueError, match=r"needs a YAML file, got .*args\.yaml|must hold a mapping of Megatron's arguments"
-    ):
-        megatron_plan(path)
+    with pytest.raises(ValueError, match=r"recompute must say one of nothing, attention, .*, got .*'some'"):
+        ModelShape((LAYER,), recompute=Recompute("some"))
+    with pytest.raises(ValueError, match=r"recompute of layers needs hidden, at least 1, got 0"):
+        ModelShape((LAYER,), recompute=Recompute("first"))
 
 
 def test_planning_imports_no_torch() -> None:

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import gc
 import sys
+import weakref
 from collections.abc import Iterator
 from dataclasses import dataclass
 from types import ModuleType
@@ -113,14 +115,51 @@ class Drop:
         return self.option
 
 
-def test_equal_patches_share_a_name_until_the_first_is_undone(target: Any) -> None:
-    first, second = (patch_of(Replace(target, "score", Drop(1), "(q, k, scale=1.0)")).apply() for _ in range(2))
-    assert second.status().shared == ("target_package.score",)
-    assert second.status().replaced == ()
-    second.undo()
-    assert target.score == Drop(1)
-    first.undo()
+@pytest.mark.parametrize("order", [(0, 1, 2), (2, 1, 0), (1, 2, 0)], ids=str)
+def test_equal_patches_share_a_name_until_the_last_is_undone_in_any_order(target: Any, order: tuple[int, ...]) -> None:
+    patches = [patch_of(Replace(target, "score", Drop(1), "(q, k, scale=1.0)")).apply() for _ in range(3)]
+    label = ("target_package.score",)
+    for i in order:
+        assert target.score == Drop(1)
+        held = [patch for patch in patches if patch.status().applied]
+        for patch in held:
+            shared = label if len(held) > 1 else ()
+            assert patch.status()[:4] == (True, label, shared, ())
+            assert patch.originals == {label[0]: score}
+        patches[i].undo()
+        patches[i].undo()
+        assert patches[i].status()[:4] == (False, (), (), ())
+        assert label[0] not in patches[i].status().unreached
     assert target.score is score
+    with patches[0], patches[1]:
+        assert target.score != score
+    assert target.score is score
+
+
+def test_an_equal_patch_above_another_one_stacks(target: Any) -> None:
+    lowest, middle, highest = (patch_of(Replace(target, "score", Drop(i))).apply() for i in (1, 2, 1))
+    assert highest.status().shared == ()
+    after: tuple[tuple[Patch, object], ...] = (highest, Drop(2)), (middle, Drop(1)), (lowest, score)
+    for patch, left in after:
+        patch.undo()
+        assert target.score == left
+
+
+def test_a_patch_whose_like_was_forgotten_puts_back_what_that_one_left(target: Any) -> None:
+    patch_of(Replace(target, "score", Drop(1), "(q, k, scale=1.0)")).apply()
+    gc.collect()
+    with patch_of(Replace(target, "score", Drop(1), "(q, k, scale=1.0)")) as patch:
+        assert patch.status().shared == ()
+    assert target.score == Drop(1)
+
+
+def test_a_patch_that_nobody_holds_keeps_no_owner_alive() -> None:
+    layer = Layer()
+    gone = weakref.ref(layer)
+    patch_of(Replace(layer, "forward", lambda x: "mine")).apply()
+    del layer
+    gc.collect()
+    assert gone() is None
 
 
 def test_different_patches_stack_and_are_undone_in_reverse(target: Any) -> None:
@@ -135,15 +174,46 @@ def test_different_patches_stack_and_are_undone_in_reverse(target: Any) -> None:
     assert target.score is score
 
 
-def test_an_undo_that_is_refused_changes_nothing(target: Any) -> None:
+def test_undo_puts_back_all_but_what_somebody_rebound_and_names_that(target: Any) -> None:
     patch = patch_of(Replace(target, "score", replacement), Replace(target, "other", replacement)).apply()
     target.score = len
-    with pytest.raises(PatchError, match=r"got builtins\.len\."):
+    with pytest.raises(
+        PatchError, match=r"undo needs target_package\.score to hold .*, got builtins\.len\. The rest is"
+    ):
         patch.undo()
-    assert target.other is replacement
+    assert (target.score, target.other) == (len, score)
+    assert patch.status()[:4] == (True, ("target_package.score",), (), ("target_package.score",))
+    with pytest.raises(PatchError, match=r"apply needs a patch that was undone, got one that still holds target_pack"):
+        patch.apply()
     target.score = replacement
     patch.undo()
     assert (target.score, target.other) == (score, score)
+    assert patch.apply().status().replaced == ("target_package.score", "target_package.other")
+    patch.undo()
+
+
+@pytest.mark.parametrize("name", ["score", "other"])
+def test_with_puts_back_all_but_what_somebody_rebound_and_says_so(target: Any, name: str) -> None:
+    changes = Replace(target, "score", replacement), Replace(target, "other", replacement)
+    other = {"score": "other", "other": "score"}[name]
+    with pytest.raises(PatchError, match=rf"undo needs target_package\.{name} to hold"), patch_of(*changes):
+        setattr(target, name, len)
+    assert getattr(target, other) is score
+    assert getattr(target, name) is len
+
+
+def test_what_cannot_be_put_back_hides_no_error_of_the_block(target: Any) -> None:
+    def interrupted() -> None:
+        with patch_of(Replace(target, "score", replacement), Replace(target, "other", replacement)):
+            target.other = len
+            raise KeyboardInterrupt
+
+    with (
+        pytest.warns(RuntimeWarning, match=r"undo needs target_package\.other to hold"),
+        pytest.raises(KeyboardInterrupt),
+    ):
+        interrupted()
+    assert target.score is score
 
 
 def test_a_failure_on_the_way_puts_everything_back(target: Any) -> None:
@@ -310,6 +380,21 @@ def test_imports_by_value_are_named_while_they_hold_an_original(target: Any) -> 
     assert "target_importer.borrowed" in unreached
     assert "target_package.other" not in unreached
     assert "unreached: target_importer.borrowed" in str(patch.status())
+
+
+@pytest.mark.parametrize("value", [None, True, 3, "text", (1, 2)], ids=str)
+def test_values_that_anybody_may_hold_are_no_imports(target: Any, value: object) -> None:
+    target.flag = value
+    vars(sys.modules["target_importer"])["mine"] = value
+    with patch_of(Replace(target, "flag", 4.5)) as patch:
+        assert patch.status().unreached == ()
+    assert target.flag is value
+
+
+def test_a_static_method_that_was_imported_by_value_is_named(target: Any) -> None:
+    vars(sys.modules["target_importer"])["mine"] = Layer.helper
+    with patch_of(Replace(Layer, "helper", staticmethod(lambda x: "mine"))) as patch:
+        assert patch.status().unreached == ("target_importer.mine",)
 
 
 def test_imports_by_value_are_named_after_undo_while_they_hold_a_replacement(target: Any) -> None:

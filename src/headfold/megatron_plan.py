@@ -6,7 +6,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any, NamedTuple
 
-from headfold.model_plan import Call, LayerShape, ModelShape, Parallel, Step
+from headfold.megatron_split import layers_of_stages
+from headfold.model_plan import NOTHING, Call, LayerShape, ModelShape, Parallel, Recompute, Step
 
 # What the arguments say of an indexer; those that change no byte are known too, so that a misspelt one is told apart.
 _INDEXER = {
@@ -18,19 +19,23 @@ _INDEXER = {
 _NEEDED = {
     "num_layers": "layers",
     "num_attention_heads": "attention heads",
-    "kv_lora_rank": "channels of the latent value",
     "dsa_indexer_n_heads": "indexer heads",
     "dsa_indexer_head_dim": "indexer width",
     "dsa_indexer_topk": "selected keys",
 }
 
 
+_DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32", "half": "float16", "float": "float32"}
+_ABSORBED = "Stock is the PyTorch path of megatron-core 0.19.2 alone: absorbed attention, with no fused kernel."
+
+
 class Plan(NamedTuple):
-    """A model, how it is split, and the context that it is trained on (None where the file does not say)."""
+    """A model, how it is split, the context that it is trained on (None where the file does not say), and remarks."""
 
     model: ModelShape
     parallel: Parallel
     tokens: int | None
+    notes: tuple[str, ...] = ()
 
 
 def from_arguments(tree: Mapping[str, Any], source: str) -> Plan:
@@ -40,7 +45,7 @@ def from_arguments(tree: Mapping[str, Any], source: str) -> Plan:
         tree: the file's mapping.
         source: its name, for sentences.
 
-    Raises: ValueError naming what is missing, misspelt or no size.
+    Raises: ValueError naming what is missing, misspelt, no size, or a split or recomputation that is not planned.
     """
     found = dict(_flat(tree, source))
     for name in found:
@@ -57,6 +62,12 @@ def from_arguments(tree: Mapping[str, Any], source: str) -> Plan:
             raise ValueError(f"{source}: {name} must be an integer of at least {least}, got {value!r}.")
         return value
 
+    def flag(name: str, default: bool) -> bool:
+        value = found.get(name)
+        if value is not None and not isinstance(value, bool):
+            raise ValueError(f"{source}: {name} must be true or false, got {value!r}.")
+        return default if value is None else value
+
     latent = size("kv_lora_rank", 512)
     layer = LayerShape(
         heads=size("dsa_indexer_n_heads", 1),
@@ -66,24 +77,31 @@ def from_arguments(tree: Mapping[str, Any], source: str) -> Plan:
         np_k=1,
         hn=latent + size("qk_pos_emb_head_dim", 64, 0),
         v_dim=latent,
-        relu=bool(found.get("dsa_indexer_scoring_relu", True)),
+        relu=flag("dsa_indexer_scoring_relu", True),
     )
-    coefficient = found.get("dsa_indexer_loss_coeff") or 0.0
-    if isinstance(coefficient, bool) or not isinstance(coefficient, (int, float)):
-        raise ValueError(f"{source}: dsa_indexer_loss_coeff must be a number, got {coefficient!r}.")
+    coefficient = _number(found, "dsa_indexer_loss_coeff", source)
     every, offset = size("dsa_indexer_topk_freq", 1), max(1, size("dsa_indexer_skip_topk_offset", 0, 0))
     computing = [max(number - offset, 0) % every == 0 for number in range(1, size("num_layers", 1) + 1)]
     shared = replace(layer, computes=False)
     own = replace(layer, trains=coefficient > 0)
+    recompute = _recompute(found, size("recompute_num_layers", 1), source)
+    if recompute.what in ("layers", "first") and found.get("hidden_size") is None:
+        raise ValueError(f"{source}: needs hidden_size, which recomputed layers hold, got a file without.")
     model = ModelShape(
         layers=tuple(own if computes else shared for computes in computing),
         b=size("micro_batch_size", 1),
-        dtype=_dtype(found),
-        recompute=found.get("recompute_granularity") == "full",
+        dtype=_dtype(found, source),
+        recompute=recompute,
         hidden=size("hidden_size", 0, 0),
+        shares_hidden=flag("sequence_parallel", False) or flag("distribute_saved_activations", False),
     )
-    parallel = Parallel(*(size(f"{way}_parallel_size", 1) for way in ("tensor_model", "context", "pipeline_model")))
-    return Plan(model, parallel, None if found.get("seq_length") is None else size("seq_length", 1))
+    tensor, context, pipeline = (
+        size(f"{way}_parallel_size", 1) for way in ("tensor_model", "context", "pipeline_model")
+    )
+    stages = layers_of_stages(found, len(computing), pipeline, source)
+    _starts(stages, computing, source)
+    tokens = None if found.get("seq_length") is None else size("seq_length", 1)
+    return Plan(model, Parallel(tensor, context, pipeline, stages), tokens, tuple(_notes(found)))
 
 
 def stock_step(layer: LayerShape, call: Call) -> Step:
@@ -135,9 +153,68 @@ def _flat(tree: Mapping[str, Any], source: str) -> Iterator[tuple[str, Any]]:
             yield str(key).lstrip("-").replace("-", "_"), value
 
 
-def _dtype(found: Mapping[str, Any]) -> str:
-    if found.get("bf16") or found.get("params_dtype") in ("bfloat16", "bf16"):
-        return "bfloat16"
-    if found.get("fp16") or found.get("params_dtype") in ("float16", "fp16"):
-        return "float16"
-    return "float32"
+def _dtype(found: Mapping[str, Any], source: str) -> str:
+    for name in ("bf16", "fp16"):
+        if found.get(name):
+            return _DTYPES[name]
+    given = found.get("params_dtype")
+    dtype = str("float32" if given is None else given).removeprefix("torch.")
+    dtype = _DTYPES.get(dtype, dtype)
+    if dtype not in _DTYPES.values():
+        raise ValueError(f"{source}: params_dtype must be bfloat16, float16 or float32, got {given!r}.")
+    return dtype
+
+
+def _number(found: Mapping[str, Any], name: str, source: str) -> float:
+    """Return a number, 0 where there is none; YAML reads 1e-2 as text."""
+    value = found.get(name)
+    try:
+        if isinstance(value, bool):
+            raise TypeError
+        return 0.0 if value is None else float(value)
+    except (TypeError, ValueError):
+        raise ValueError(f"{source}: {name} must be a number, got {value!r}.") from None
+
+
+def _recompute(found: Mapping[str, Any], layers: int, source: str) -> Recompute:
+    """Read what runs again in backward."""
+    granularity = found.get("recompute_granularity")
+    if granularity is None and found.get("recompute_activations"):
+        granularity = "selective"
+    if granularity is None:
+        return NOTHING
+    if granularity == "selective":
+        modules = found.get("recompute_modules")
+        return Recompute("attention" if modules is None or "core_attn" in modules else "nothing")
+    method = found.get("recompute_method")
+    if granularity != "full" or method not in (None, "uniform", "block"):
+        raise ValueError(
+            f"{source}: recompute_granularity must be full or selective, and recompute_method uniform or block, got "
+            f"{granularity!r} and {method!r}."
+        )
+    return Recompute("first" if method == "block" else "layers", layers)
+
+
+def _starts(stages: tuple[int, ...], computing: list[bool], source: str) -> None:
+    """Refuse what Megatron refuses: a stage whose first layer reuses the selection of a layer on another stage."""
+    first = 0
+    for i, count in enumerate(stages):
+        if count and not computing[first]:
+            own = max(n for n in range(first) if computing[n])
+            raise ValueError(
+                f"{source}: every pipeline stage must start on a computing layer, got stage {i + 1} of {len(stages)}, "
+                f"which starts on layer {first + 1} and would reuse layer {own + 1}'s selection. Choose another split, "
+                "dsa_indexer_topk_freq or dsa_indexer_skip_topk_offset: Megatron refuses this one too."
+            )
+        first += count
+
+
+def _notes(found: Mapping[str, Any]) -> Iterator[str]:
+    """Say what of the file the bill leaves out."""
+    yield _ABSORBED
+    if found.get("dsa_kernel_backend") not in (None, "none"):
+        yield f"What the kernels of dsa_kernel_backend={found['dsa_kernel_backend']} take is not billed."
+    if found.get("mtp_num_layers"):
+        yield f"Layers of multi-token prediction (mtp_num_layers={found['mtp_num_layers']}) are not billed."
+    if found.get("recompute_granularity") == "selective" and "mla_up_proj" in (found.get("recompute_modules") or ()):
+        yield "recompute_modules: mla_up_proj lets go of attention's inputs as well, which the bill holds."

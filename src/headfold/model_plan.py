@@ -20,7 +20,7 @@ from typing import NamedTuple
 from headfold.attention_tiles import AttentionTile, gathers
 from headfold.geometry import ITEMSIZE, IndexerGeometry
 from headfold.loss_tiles import LossTile
-from headfold.tiles import DEFAULT_WORKSPACE, MIB
+from headfold.tiles import DEFAULT_WORKSPACE, MIB, blocks
 
 LONGEST = 1 << 24  # no published model is trained on more positions
 
@@ -54,7 +54,6 @@ class LayerShape:
         shared_value: whether values are the first v_dim channels of keys (absorbed latent attention).
         relu: whether scores pass through ReLU.
         ratio: query positions per key of the indexer and of attention.
-        keep_scores: whether a selection without a loss returns its [b, sq, sk] scores, on headfold.
     """
 
     heads: int
@@ -69,7 +68,6 @@ class LayerShape:
     shared_value: bool = True
     relu: bool = True
     ratio: int = 1
-    keep_scores: bool = True
 
     def __post_init__(self) -> None:
         """Refuse sizes that no layer has."""
@@ -83,18 +81,41 @@ class LayerShape:
 
 @dataclass(frozen=True)
 class Parallel:
-    """Over how many devices a model is split: attention heads, query rows, layers."""
+    """Over how many devices a model is split: attention heads, query rows, layers.
+
+    stages: layers of each pipeline stage; () splits them evenly.
+    """
 
     tensor: int = 1
     context: int = 1
     pipeline: int = 1
+    stages: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
-        """Refuse sizes below one."""
+        """Refuse sizes below one, and stages that are not as many."""
         for name in ("tensor", "context", "pipeline"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ValueError(f"Parallel: {name} must be an integer of at least 1, got {value!r}.")
+        if self.stages and len(self.stages) != self.pipeline:
+            raise ValueError(
+                f"Parallel: stages must name {self.pipeline} stages, as pipeline says, got {len(self.stages)}."
+            )
+
+
+class Recompute(NamedTuple):
+    """What runs again in backward, so that it need not be held in between.
+
+    what: "nothing"; "attention", of every layer and with its indexer, while what goes in and comes out stays; "layers",
+    all of them, `layers` at a time, for which the hidden states before them stay; "first", the same for the first
+    `layers` layers of a stage, one at a time, and nothing for the others.
+    """
+
+    what: str = "nothing"
+    layers: int = 1
+
+
+NOTHING = Recompute()
 
 
 @dataclass(frozen=True)
@@ -106,23 +127,32 @@ class ModelShape:
         b: micro-batch.
         dtype: of activations.
         training: whether a step runs backward.
-        recompute: whether layers run again in backward, so that each holds its hidden states alone in between.
-        hidden: width of those hidden states.
+        recompute: what runs again in backward.
+        hidden: width of the hidden states that are held for it.
+        shares_hidden: whether tensor-parallel devices each hold a part of those.
     """
 
     layers: tuple[LayerShape, ...]
     b: int = 1
     dtype: str = "bfloat16"
     training: bool = True
-    recompute: bool = False
+    recompute: Recompute = NOTHING
     hidden: int = 0
+    shares_hidden: bool = False
 
     def __post_init__(self) -> None:
-        """Refuse a model without layers, or of an unknown dtype."""
+        """Refuse a model without layers, of an unknown dtype, or one that holds hidden states of no width."""
         if not self.layers:
             raise ValueError("ModelShape: layers must hold at least one layer, got none.")
         if self.dtype not in ITEMSIZE:
             raise ValueError(f"ModelShape: dtype must be one of {', '.join(ITEMSIZE)}, got {self.dtype!r}.")
+        kinds = "nothing", "attention", "layers", "first"
+        if self.recompute.what not in kinds or self.recompute.layers < 1:
+            raise ValueError(
+                f"ModelShape: recompute must say one of {', '.join(kinds)} and at least 1 layer, got {self.recompute}."
+            )
+        if self.recompute.what in ("layers", "first") and self.hidden < 1:
+            raise ValueError(f"ModelShape: recompute of layers needs hidden, at least 1, got {self.hidden}.")
 
 
 class Call(NamedTuple):
@@ -140,9 +170,10 @@ Stock = Callable[[LayerShape, Call], Step]
 
 
 class LayerBill(NamedTuple):
-    """One layer on one device: what goes in and out, and a step on either path."""
+    """One layer on one device: what goes in and out, what of that is attention's, and a step on either path."""
 
     inputs: int
+    attention: int
     stock: Step
     headfold: Step
 
@@ -191,8 +222,8 @@ def plan_model(
     """Return the bill of a training step, or of a forward pass.
 
     Rows are split over context-parallel devices, and each gathers all keys; attention heads over tensor-parallel ones,
-    each of which scores with all indexer heads; layers over pipeline stages in equal runs, of which stage i holds
-    pipeline - i micro-batches at once, as one-forward-one-backward schedules do.
+    each of which scores with all indexer heads; layers over pipeline stages, of which stage i holds pipeline - i
+    micro-batches at once, as one-forward-one-backward schedules do.
 
     Args:
         model: its layers.
@@ -201,26 +232,26 @@ def plan_model(
         stock: what a layer takes as it comes.
         workspace: headfold's, for each call.
 
-    Raises: ValueError where heads or layers do not split evenly.
+    Raises: ValueError where heads or layers do not split so.
     """
     parallel = parallel or Parallel()
-    _splits(model, parallel)
-    per_stage = len(model.layers) // parallel.pipeline
+    counts = _splits(model, parallel)
     hidden = _hidden(model, tokens, parallel)
     known: dict[LayerShape, LayerBill] = {}
-    stages = []
-    for i in range(parallel.pipeline):
-        layers = model.layers[i * per_stage : (i + 1) * per_stage]
+    stages, first = [], 0
+    for i, count in enumerate(counts):
+        layers = model.layers[first : first + count]
         for layer in layers:
             if layer not in known:
                 known[layer] = _layer(model, layer, tokens, parallel, stock, workspace)
         bills = tuple(known[layer] for layer in layers)
         in_flight = parallel.pipeline - i if model.training else 1
         stock_peak, headfold_peak = (
-            _stage([(bill.inputs, getattr(bill, way)) for bill in bills], in_flight, model, hidden)
+            _stage([(bill, getattr(bill, way)) for bill in bills], in_flight, model, hidden)
             for way in ("stock", "headfold")
         )
-        stages.append(StageBill(i * per_stage, bills, in_flight, stock_peak, headfold_peak))
+        stages.append(StageBill(first, bills, in_flight, stock_peak, headfold_peak))
+        first += count
     return ModelBill(tuple(stages))
 
 
@@ -251,8 +282,7 @@ def headfold_step(layer: LayerShape, call: Call, workspace: int = DEFAULT_WORKSP
     g = _indexer(layer, call)
     if not (layer.trains and call.training):
         choosing = g.selection(workspace).scratch_bytes
-        kept = g.scores_bytes + g.tile.forward_bytes if layer.keep_scores else 0
-        return attention._replace(forward=max(picks + max(choosing, kept), attention.forward))
+        return attention._replace(forward=max(picks + choosing, attention.forward))
     slab = LossTile.of(call.b, call.sq, g.tile, call.sk, call.np, _key_heads(layer, call), layer.hn, g.topk)
     gradients = (g.q_elements + g.weights_elements + g.k_elements) * g.compute_itemsize
     held = gradients + picks
@@ -297,32 +327,50 @@ def _layer(
     key = call.sk * _key_heads(layer, call) * (layer.hn + (0 if layer.shared_value else layer.v_dim))
     attention = call.b * (call.sq * call.np * (layer.hn + layer.v_dim) + key) * call.itemsize
     inputs = attention + (g.inputs_bytes if layer.computes else 0)
-    return LayerBill(inputs, stock(layer, call), headfold_step(layer, call, workspace))
+    return LayerBill(inputs, attention, stock(layer, call), headfold_step(layer, call, workspace))
 
 
 def _hidden(model: ModelShape, tokens: int, parallel: Parallel) -> int:
     """Bytes of the hidden states between two layers."""
-    return model.b * -(-tokens // parallel.context) * model.hidden * ITEMSIZE[model.dtype]
+    rows = -(-tokens // parallel.context)
+    rows = -(-rows // parallel.tensor) if model.shares_hidden else rows
+    return model.b * rows * model.hidden * ITEMSIZE[model.dtype]
 
 
-def _stage(layers: Sequence[tuple[int, Step]], in_flight: int, model: ModelShape, hidden: int) -> int:
+def _stage(layers: Sequence[tuple[LayerBill, Step]], in_flight: int, model: ModelShape, hidden: int) -> int:
     """Return the peak of a stage: what earlier layers and micro-batches hold, and the layer that works."""
+    if not model.training:
+        return max((bill.inputs + step.peak for bill, step in layers), default=0)
     peak = before = 0
-    for inputs, step in layers:
-        peak = max(peak, before + inputs + step.peak)
-        if model.training:
-            before += hidden if model.recompute else inputs + step.held
+    for first, end, again in _runs(len(layers), model.recompute):
+        before += hidden if again else 0
+        inside = before
+        for bill, step in layers[first:end]:
+            peak = max(peak, inside + bill.inputs + step.peak)
+            inside += bill.attention if model.recompute.what == "attention" else bill.inputs + step.held
+        before = before if again else inside
     return peak + (in_flight - 1) * before
 
 
-def _splits(model: ModelShape, parallel: Parallel) -> None:
-    if len(model.layers) % parallel.pipeline:
-        raise ValueError(
-            f"plan_model: pipeline must divide the layers, got {parallel.pipeline} stages for {len(model.layers)}."
-        )
+def _runs(layers: int, recompute: Recompute) -> list[tuple[int, int, bool]]:
+    """Cut layers into runs [first, end) that run again as one in backward (True), or hold what they need (False)."""
+    if recompute.what == "layers":
+        return [(first, end, True) for first, end in blocks(layers, recompute.layers)]
+    again = min(recompute.layers, layers) if recompute.what == "first" else 0
+    return [*((i, i + 1, True) for i in range(again)), (again, layers, False)]
+
+
+def _splits(model: ModelShape, parallel: Parallel) -> tuple[int, ...]:
+    """Return the layers of each stage."""
+    layers, stages = len(model.layers), parallel.stages
+    if not stages and layers % parallel.pipeline:
+        raise ValueError(f"plan_model: pipeline must divide the layers, got {parallel.pipeline} stages for {layers}.")
+    if stages and (sum(stages) != layers or min(stages) < 0):
+        raise ValueError(f"plan_model: stages must add up to {layers} layers, got {list(stages)}.")
     for layer in model.layers:
         if layer.np % parallel.tensor:
             raise ValueError(f"plan_model: tensor must divide np = {layer.np} attention heads, got {parallel.tensor}.")
+    return stages or (layers // parallel.pipeline,) * parallel.pipeline
 
 
 def _last(fits: Callable[[int], bool]) -> int:

@@ -49,7 +49,6 @@ def from_config(tree: Mapping[str, Any], source: str, *, b: int = 1, dtype: str 
         v_dim=sizes["v_head_dim"],
         trains=True,
         shared_value=False,
-        keep_scores=False,
     )
     shared = replace(full, computes=False)
     computing = _computing(found, kind, sizes["num_hidden_layers"], source)

@@ -8,7 +8,7 @@ from typing import Any
 
 from headfold.lanes.record import Column, Lane, Row, show_bytes
 from headfold.megatron_plan import Plan, from_arguments, stock_step
-from headfold.model_plan import LayerBill, ModelBill, Step, Stock, longest, plan_model
+from headfold.model_plan import LayerBill, ModelBill, Recompute, Step, Stock, longest, plan_model
 
 TOKENS = 4096  # where a file does not say
 COLUMNS = (
@@ -100,15 +100,27 @@ def _row(layers: str, path: str, step: Step, inputs: int) -> Row:
     return {"layers": layers, "path": path, **figures, "inputs": inputs}
 
 
+def _kept(recompute: Recompute) -> str:
+    """Say what layers keep between passes."""
+    hidden = "the hidden states before them (they run again in backward)"
+    return {
+        "nothing": "layers keep all of this",
+        "attention": "layers keep what goes in and out of attention (it runs again in backward)",
+        "layers": f"layers keep, {recompute.layers} at a time, {hidden}",
+        "first": f"the first {recompute.layers} layers of a stage keep {hidden}, the others all of this",
+    }[recompute.what]
+
+
 def _notes(plan: Plan, bill: ModelBill, memory: int | None) -> list[str]:
     parallel, stages = plan.parallel, bill.stages
-    between = "their hidden states alone (layers run again in backward)" if plan.model.recompute else "all of this"
+    counts = sorted({len(stage.layers) for stage in stages})
     notes = [
         f"Tensor parallel {parallel.tensor}, context parallel {parallel.context}, pipeline parallel "
-        f"{parallel.pipeline}: a device has {len(stages[0].layers)} layers, and the first stage {stages[0].in_flight} "
-        "micro-batches in flight.",
+        f"{parallel.pipeline}: a device has {' or '.join(map(str, counts))} layers, and the first stage "
+        f"{stages[0].in_flight} micro-batches in flight.",
         "Peaks and what is held are of one layer, beyond what goes in and out of its attention and indexer. Weights, "
-        f"optimiser, projections and feed-forward layers are not billed. Between passes layers keep {between}.",
+        f"optimiser, projections and feed-forward layers are not billed. Between passes {_kept(plan.model.recompute)}.",
+        *plan.notes,
     ]
     if memory is not None:
         notes.append(

@@ -14,16 +14,17 @@ MEGATRON = Requires("megatron-core", "megatron.core", "0.17", "0.20")
 CURRENT = Requires("megatron-core", "megatron.core", "0.19", "0.20")
 
 
-def apply(*, keep_scores: bool = True, workspace: int | None = None) -> Patch:
+def apply(*, keep_scores: bool = False, workspace: int | None = None) -> Patch:
     """Put headfold under the PyTorch path of Megatron-Core's DSA, for all layers of this process.
 
     Fused kernels that `dsa_kernel_backend` names stay, and are asked first, as before. Nothing is imported from
     Megatron before this call.
 
     Args:
-        keep_scores: whether fused_qk_topk_naive returns the [b, sq, sk] scores, which its contract holds and which are
-            then the largest tensor left. Megatron's own layers drop them: with False they are one NaN in that shape,
-            and a forward pass without the indexer loss holds nothing of size sq · sk.
+        keep_scores: whether fused_qk_topk_naive computes its [b, sq, sk] scores at once. With False they are computed
+            when they are first read, and Megatron's own layers never read them: a forward pass without the indexer
+            loss, such as the first pass of a recomputed layer, then holds none. Where autograd or a compiler records
+            the call they are computed at once.
         workspace: bytes of scratch of each call, 64 MiB when None.
 
     Returns:
@@ -38,7 +39,6 @@ def apply(*, keep_scores: bool = True, workspace: int | None = None) -> Patch:
         raise TypeError(f"{op}: keep_scores must be True or False, got {type(keep_scores).__name__}.")
     from headfold.integrations.megatron import current, earlier
 
-    MEGATRON.check()
-    generation = current if CURRENT.serves() else earlier
+    generation = current if CURRENT.holds(MEGATRON.check(op)) else earlier
     changes = generation.replacements(keep_scores=keep_scores, workspace=workspace)
     return Patch(op, tuple(changes), (MEGATRON,)).apply()

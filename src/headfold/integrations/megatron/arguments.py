@@ -70,17 +70,14 @@ def additive(mask: Tensor | None) -> Tensor | None:
     return mask.unsqueeze(0) if mask.dim() == 2 else mask
 
 
-def hides_or_not(op: str, mask: Tensor | None) -> None:
-    """Refuse a mask that holds anything but 0 and -inf.
+def hides_or_not(op: str, mask: Tensor | None, why: str) -> None:
+    """Refuse a mask that holds anything but 0 and -inf, and say why.
 
     On an accelerator nothing is read back: the refusal is an assertion of the device, met when it gets there.
     """
     if mask is None or mask.numel() == 0:
         return
-    need = (
-        f"{op}: mask must hold 0 and -inf alone, got another value. Megatron-Core adds a finite bias twice in the "
-        "forward pass of its loss and once in backward, which no walk of headfold does: undo the patch for it."
-    )
+    need = f"{op}: mask must hold 0 and -inf alone, got another value. {why}: undo the patch for it."
     rows, keys = mask.shape[-2:]
     plain = torch.ones((), dtype=torch.bool, device=mask.device)
     for span in blocks(rows, max(1, MIB // max(1, keys))):

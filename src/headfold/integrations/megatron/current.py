@@ -11,6 +11,7 @@ from torch import Tensor
 
 from headfold.attention import sparse_attention
 from headfold.integrations.megatron import arguments as args
+from headfold.integrations.megatron.deferred import offered
 from headfold.integrations.patching import Replace
 from headfold.keyrange import KeyRange
 from headfold.loss import indexer_loss
@@ -19,6 +20,9 @@ from headfold.scores import index_scores
 from headfold.selection import index_topk
 
 DSA = "megatron.core.transformer.experimental_attention_variant.dsa"
+# Why a finite bias is refused.
+_TWICE = "Megatron-Core adds it twice in the forward pass of its loss and once in backward, which headfold does not"
+_NO_BIAS = "headfold attends to what was selected without a bias"
 _VISIBLE = "mask=None, varlen_starts=None, varlen_ends=None, key_positions=None"
 
 
@@ -74,7 +78,7 @@ class Scores:
 class TopK:
     """`fused_qk_topk_naive`: scores [b, sq, sk] and int64 indices [b, sq, min(topk, sk)].
 
-    Without keep_scores the scores are one NaN, expanded to their shape, which takes 4 bytes.
+    Without keep_scores the scores are computed when they are first read.
     """
 
     workspace: int | None
@@ -104,20 +108,18 @@ class TopK:
         }
         ordered = k if order is None else k.index_select(0, order)
         indices = args.in_order(select(q, weights, ordered, index_topk, **call), order)
-        if not self.keep_scores:
-            return unscored(q, k), indices
-        scores = index_scores(q, weights, ordered, **call)
-        return scores if order is None else scores.index_select(-1, order.argsort()), indices
+
+        def score() -> Tensor:
+            scores = index_scores(q, weights, ordered, **call)
+            return scores if order is None else scores.index_select(-1, order.argsort())
+
+        shape = q.shape[1], q.shape[0], k.shape[0]
+        return offered(score, shape, q, weights, k, mask, now=self.keep_scores), indices
 
 
 def select(q: Tensor, weights: Tensor, k: Tensor, topk: int, **call: Any) -> Tensor:
     """Return int64 [b, sq, min(topk, sk)]."""
     return index_topk(q, weights, k, max(0, min(topk, k.shape[0])), index_dtype=torch.int64, **call).indices
-
-
-def unscored(q: Tensor, k: Tensor) -> Tensor:
-    """Return NaN in the shape of the scores, of one element."""
-    return torch.full((), float("nan"), device=q.device).expand(q.shape[1], q.shape[0], k.shape[0])
 
 
 @dataclass(frozen=True)
@@ -152,7 +154,7 @@ class Loss:
         """
         op = "FusedDSAIndexerLoss"
         keys, order = args.bounds(op, mask, varlen_starts, varlen_ends, key_positions, q.device)
-        args.hides_or_not(op, mask)
+        args.hides_or_not(op, mask, _TWICE)
         q, k = args.together(q, k)
         query, key = args.together(args.four_axes(query), args.heads_once(args.four_axes(key)))
         if order is not None:
@@ -288,7 +290,7 @@ def _seen(
     indices = args.picks(indices, device)
     keys, order = args.bounds(op, mask, starts, ends, positions, device)
     if mask is not None:
-        args.hides_or_not(op, mask)
+        args.hides_or_not(op, mask, _NO_BIAS)
         seen = mask.expand(indices.shape[0], -1, -1).gather(-1, indices.clamp(min=0).long()) == 0
         return indices.masked_fill(~seen, -1), None
     if keys is None:

@@ -15,8 +15,10 @@ import torch
 from torch import Tensor
 
 from headfold.attention import sparse_attention
+from headfold.contract import wants_grad
 from headfold.integrations.megatron import arguments as args
-from headfold.integrations.megatron.current import DSA, Scores, select, unscored
+from headfold.integrations.megatron.current import DSA, Scores, select
+from headfold.integrations.megatron.deferred import offered
 from headfold.integrations.megatron.earlier_loss import EarlierLoss
 from headfold.integrations.patching import Replace
 from headfold.keyrange import KeyRange
@@ -59,7 +61,8 @@ class EarlierScores:
 class EarlierTopK:
     """`fused_qk_topk_naive`: scores [b, sq, sk] and int64 indices [b, sq, min(topk, sq)], none of them negative.
 
-    Where a row sees too few keys, the smallest that it may not see follow, as if all of those tied.
+    Where a row sees too few keys, the smallest that it may not see follow, as if all of those tied. Without keep_scores
+    the scores are computed when they are first read.
     """
 
     workspace: int | None
@@ -71,8 +74,15 @@ class EarlierTopK:
         """Select, and score where scores are kept."""
         q, k = args.together(q, k)
         call: dict[str, Any] = {"bias": args.additive(mask), "workspace": self.workspace}
-        indices = filled(select(q, weights, k, min(index_topk, q.shape[0]), **call), call["bias"])
-        return index_scores(q, weights, k, **call) if self.keep_scores else unscored(q, k), indices
+        indices = chosen(q, weights, k, index_topk, **call)
+        shape = q.shape[1], q.shape[0], k.shape[0]
+        score = partial(index_scores, q, weights, k, **call)
+        return offered(score, shape, q, weights, k, mask, now=self.keep_scores), indices
+
+
+def chosen(q: Tensor, weights: Tensor, k: Tensor, topk: int, *, bias: Tensor | None, workspace: int | None) -> Tensor:
+    """Return int64 [b, sq, min(topk, sq)], none of them negative."""
+    return filled(select(q, weights, k, min(topk, q.shape[0]), bias=bias, workspace=workspace), bias)
 
 
 def filled(indices: Tensor, bias: Tensor | None) -> Tensor:
@@ -118,10 +128,11 @@ class EarlierIndexerLoss:
     ) -> tuple[Tensor, Tensor]:
         """Select under the mask, and compare with causal attention."""
         q, k = args.together(q, k)
-        _, indices = EarlierTopK(self.workspace, keep_scores=False)(q, k, weights, topk, mask)
+        bias = args.additive(mask)
+        indices = chosen(q, weights, k, topk, bias=bias, workspace=self.workspace)
         reduce = summing("FusedDSAIndexerLoss", pg_collection.tp if pg_collection.tp.size() > 1 else None)
         workspace = DEFAULT_WORKSPACE if self.workspace is None else self.workspace
-        rest = args.additive(mask), indices if sparse_loss else None, softmax_scale, reduce, workspace
+        rest = bias, indices if sparse_loss else None, softmax_scale, reduce, workspace, wants_grad(q, weights, k)
         loss: Tensor = EarlierLoss.apply(q, weights, k, query.detach(), args.heads_once(key.detach()), *rest)  # type: ignore[no-untyped-call]
         return indices, loss * loss_coeff
 

@@ -36,6 +36,7 @@ class EarlierLoss(torch.autograd.Function):
         softmax_scale: float,
         reduce: Callable[[Tensor], None] | None,
         workspace: int,
+        wanted: bool,
     ) -> Tensor:
         """Walk the blocks.
 
@@ -51,18 +52,24 @@ class EarlierLoss(torch.autograd.Function):
             softmax_scale: factor on query · key.
             reduce: sums the attention mass over the tensor-parallel group.
             workspace: bytes that a block may take, beside those of the scores.
+            wanted: whether autograd will run backward, which in here cannot be seen.
         """
         (sq, b), sk = q.shape[:2], k.shape[0]
         loss = torch.zeros((), device=q.device)
-        sources = q, weights, k
-        dq, dweights, dk = (torch.zeros_like(x, dtype=torch.float32) if x.requires_grad else None for x in sources)
-        wanted = any(ctx.needs_input_grad[:3])
+        ctx.dtypes = [x.dtype if wanted and x.requires_grad else None for x in (q, weights, k)]
+        dq, dweights, dk = (
+            None if dtype is None else torch.zeros_like(x, dtype=torch.float32)
+            for x, dtype in zip((q, weights, k), ctx.dtypes, strict=True)
+        )
+        if wanted:  # float32, as there: the gradients of a block then are, and are rounded once all blocks are summed
+            k = k.float()
         for first, end in blocks(sq, max(1, workspace // max(1, _HELD * 4 * b * sk))):
             span = slice(first, end)
             future = torch.ones(end - first, sk, dtype=torch.bool, device=q.device).triu_(first + 1)
             unchosen = None if chosen is None else _unchosen(chosen[:, span], sk)
             target = _target(query[span], key, softmax_scale, future, unchosen, reduce)
-            leaves = [x.detach().requires_grad_(wanted) for x in (q[span], weights[span], k)]
+            rows = (x.float() if wanted else x for x in (q[span], weights[span]))
+            leaves = [x.detach().requires_grad_(wanted) for x in (*rows, k)]
             with torch.set_grad_enabled(wanted):
                 scores = index_scores(*leaves, workspace=workspace)
             student = scores.detach() if bias is None else scores.detach() + bias[:, span]
@@ -74,11 +81,10 @@ class EarlierLoss(torch.autograd.Function):
             # Products, not masks: a row without support is NaN, in its gradients as in its loss.
             g = _through_softmax(student, target).mul_(~future)
             scores.backward(g if unchosen is None else g.mul_(~unchosen))
-            for held, leaf, rows in ((dq, leaves[0], span), (dweights, leaves[1], span), (dk, leaves[2], slice(None))):
+            for held, leaf, part in ((dq, leaves[0], span), (dweights, leaves[1], span), (dk, leaves[2], slice(None))):
                 if held is not None and leaf.grad is not None:
-                    held[rows] += leaf.grad
+                    held[part] += leaf.grad
         ctx.save_for_backward(*(x for x in (dq, dweights, dk) if x is not None))
-        ctx.dtypes = [x.dtype if x.requires_grad else None for x in sources]
         ctx.rows = b * sq
         return loss / max(1, b * sq)
 
@@ -87,7 +93,7 @@ class EarlierLoss(torch.autograd.Function):
         """Scale the gradients."""
         held = iter(ctx.saved_tensors)
         share = grad_loss / ctx.rows
-        return *(None if dtype is None else (next(held) * share).to(dtype) for dtype in ctx.dtypes), *(None,) * 7
+        return *(None if dtype is None else (next(held) * share).to(dtype) for dtype in ctx.dtypes), *(None,) * 8
 
 
 def _unchosen(chosen: Tensor, sk: int) -> Tensor:
