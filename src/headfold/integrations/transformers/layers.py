@@ -11,7 +11,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from headfold.attention import sparse_attention
 from headfold.contract import UnsupportedError
 from headfold.integrations.transformers.masks import NAME, Selected, VisibleKeys
-from headfold.integrations.transformers.models import model_type_of, operands
+from headfold.integrations.transformers.models import check_attention, model_type_of, operands
 from headfold.integrations.transformers.training import Operands, state_of
 from headfold.selection import index_topk
 
@@ -136,6 +136,7 @@ def attend(
     if not getattr(module, "is_causal", True):
         mask: Any = attention_mask
         return sdpa_attention_forward(module, query, key, value, mask, dropout, scaling, **rest)
+    check_attention(module.config)
     if dropout:
         raise UnsupportedError(f'attn_implementation="{NAME}" has no dropout, got {dropout}. Set attention_dropout=0.')
     state = state_of(module)

@@ -15,7 +15,7 @@ from transformers.masking_utils import (
 )
 
 from headfold.contract import UnsupportedError
-from headfold.integrations.transformers.models import COMPOSITES, MODEL_TYPES
+from headfold.integrations.transformers.models import COMPOSITES, MODEL_TYPES, check_attention
 from headfold.keyrange import KeyRange
 
 NAME = "headfold"
@@ -95,14 +95,11 @@ def mask_for(*, config: Any, mask_function: Callable[..., Any], **asked: Any) ->
     Raises: UnsupportedError for a causal mask of a model type that is not covered; what `visible_keys` raises.
     """
     name = config.model_type
-    if COMPOSITES.get(name, name) in MODEL_TYPES:
-        return visible_keys(config=config, mask_function=mask_function, **asked)
-    if _both_ways(mask_function, config):
+    if COMPOSITES.get(name, name) not in MODEL_TYPES and _both_ways(mask_function, config):
         mask: Tensor | None = sdpa_mask(config=config, mask_function=mask_function, **asked)
         return mask
-    raise UnsupportedError(
-        f'attn_implementation="{NAME}" covers the model types {", ".join(MODEL_TYPES)}, got {name!r}.'
-    )
+    check_attention(config)
+    return visible_keys(config=config, mask_function=mask_function, **asked)
 
 
 def _both_ways(mask_function: Callable[..., Any], config: Any) -> bool:

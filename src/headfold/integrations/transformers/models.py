@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from headfold.contract import UnsupportedError
 from headfold.integrations.patching import PatchError, Requires, signature_of
 
 REQUIRES = Requires("transformers", "transformers", "5.23", "5.24")
@@ -134,6 +135,16 @@ def model_type_of(op: str, config: Any) -> ModelType:
     if known is None:
         raise PatchError(f"{op}: model type must be one of {', '.join(MODEL_TYPES)}, got {name!r}.")
     return known
+
+
+def check_attention(config: Any) -> None:
+    """Refuse a configuration whose causal attention does not run on headfold."""
+    name = config.model_type
+    known = MODEL_TYPES.get(COMPOSITES.get(name, name))
+    if known is None or known.own_attention:
+        served = ", ".join(name for name, model_type in MODEL_TYPES.items() if not model_type.own_attention)
+        why = f", which keeps its own: {known.own_attention}" if known else ""
+        raise UnsupportedError(f'attn_implementation="headfold" serves {served}, got {name}{why}.')
 
 
 def check_indexer(op: str, model_type: ModelType, indexer: nn.Module) -> None:

@@ -144,15 +144,17 @@ def register(*names: str) -> Patch:
     types = [model_type_of(op, name) for name in dict.fromkeys(names or MODEL_TYPES)]
     REQUIRES.check()
     check_mask_function(op)
-    mapping: dict[str, type[nn.Module]] = {}
+    made: dict[str, type[nn.Module]] = {}
     for model_type in types:
         model_type.check(op)
-        mapping[model_type.indexer.__name__] = _class(model_type)
+        made[model_type.indexer.__name__] = _class(model_type)
         if model_type.signature == POOLED:
-            mapping[model_type.attention.__name__] = _selecting_class(model_type.attention)
+            made[model_type.attention.__name__] = _selecting_class(model_type.attention)
+    # A name is looked for within the names of classes, too: DeepseekV4Indexer in DeepseekV4IndexerScorer.
+    mapping = {f"^{name}$": replacement for name, replacement in made.items()}
 
     def check() -> None:
-        taken = sorted(set(mapping) & set(get_patch_mapping()))
+        taken = sorted(name for name in made if {name, f"^{name}$"} & set(get_patch_mapping()))
         if taken:
             raise PatchError(f"needs {', '.join(taken)} to have no patch mapping in transformers, got one.")
 
@@ -160,7 +162,7 @@ def register(*names: str) -> Patch:
         register_names()
         register_patch_mapping(mapping)
 
-    hook = Hook(f"patch mapping of {', '.join(mapping)}", add, lambda _: unregister_patch_mapping(list(mapping)), check)
+    hook = Hook(f"patch mapping of {', '.join(made)}", add, lambda _: unregister_patch_mapping(list(mapping)), check)
     return Patch("headfold in transformers", (hook,), (REQUIRES,)).apply()
 
 
