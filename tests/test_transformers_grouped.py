@@ -13,7 +13,9 @@ from torch import Tensor
 from headfold import UnsupportedError
 from headfold.integrations.patching import PatchError
 from headfold.integrations.transformers import MODEL_TYPES, apply, register
-from test_transformers import cache_of, identities, largest, packed_positions
+from test_transformers import cache_of, packed_positions
+from test_transformers_memory import largest
+from test_transformers_patches import identities
 from tiny_models import GROUPED_NAMES, build, config_of, far_apart, in_float64, one_thread, padding_of, step, tokens
 
 __all__ = ["one_thread"]
@@ -102,7 +104,7 @@ def test_generated_tokens_are_those_of_stock(name: str, side: str) -> None:
 
 @pytest.mark.parametrize("kind", ATTENDING)
 def test_no_op_makes_a_tensor_of_queries_by_keys(kind: str) -> None:
-    few = {"linear_num_heads": 1, "linear_head_dim": 4} if kind == "glm5_next_text" else {}
+    few: dict[str, Any] = {"linear_num_heads": 1, "linear_head_dim": 4} if kind == "glm5_next_text" else {}
     model, s = build(kind, **few), 390  # 390 · 390 elements are more than all that grows with the length alone
     ids = tokens(1, s)
     mask = torch.ones_like(ids)
