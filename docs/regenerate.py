@@ -146,8 +146,8 @@ def transformers(_: Report) -> str:
     return tabulate(table, head, tablefmt="github", disable_numparse=True) + (
         f"\n\nb={model['b']}, {model['dtype']}, one layer of deepseek_v32: {model['index_n_heads']} index heads of "
         f"{model['index_head_dim']}, topk {model['index_topk']}, {model['num_attention_heads']} attention heads, "
-        f"hidden size {model['hidden_size']}; transformers {e['transformers']} with sdpa, torch {e['torch'].split('+')[0]}, "
-        f"{e['cpu']}, {e['threads']} threads."
+        f"hidden size {model['hidden_size']}; transformers {e['transformers']} with sdpa, "
+        f"torch {e['torch'].split('+')[0]}, {e['cpu']}, {e['threads']} threads."
     )
 
 

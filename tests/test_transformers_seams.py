@@ -92,6 +92,7 @@ def compiled(backend: str) -> Any:
     return found
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script_method.*:DeprecationWarning")  # torch's own, in its compiler
 @pytest.mark.parametrize("backend", ["eager", pytest.param("inductor", marks=pytest.mark.slow)])
 def test_a_static_cache_decodes_in_one_compiled_graph(backend: str) -> None:
     model, ids = build("deepseek_v32", num_hidden_layers=2, mlp_layer_types=["dense"] * 2), tokens(2, 19)
