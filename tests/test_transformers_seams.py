@@ -17,10 +17,10 @@ from transformers.models.axk2 import modeling_axk2
 
 from headfold import UnsupportedError
 from headfold.integrations.patching import PatchError
-from headfold.integrations.transformers import apply, patches, register
+from headfold.integrations.transformers import MODEL_TYPES, apply, patches, register
 from headfold.lanes.budget import spend
 from test_transformers_patches import identities
-from tiny_models import NAMES, build, config_of, in_float64, one_thread, padding_of, step, tokens
+from tiny_models import GROUPED_NAMES, NAMES, build, config_of, in_float64, one_thread, padding_of, step, tokens
 
 __all__ = ["one_thread"]
 HALVES = [torch.bfloat16, torch.float16]
@@ -50,6 +50,26 @@ def test_half_precision_keeps_the_error_budget_beside_stock(name: str, dtype: to
 
 def indexers(name: str) -> dict[str, Any]:
     return {"indexer_types": ["full"]} if name == "hy_v4" else {}
+
+
+@pytest.mark.parametrize("name", [*NAMES, *GROUPED_NAMES])
+def test_autocast_trains_as_stock_does_under_it(name: str) -> None:
+    """Rotary parts leave query and key in two dtypes there."""
+    model, ids = build(name).train(), tokens(2, 33)
+
+    def loss() -> float:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            out = model(input_ids=ids, labels=ids, use_cache=False)
+        out.loss.backward()
+        taken = out.indexer_losses.total.detach() if hasattr(out, "indexer_losses") else 0.0
+        return float(out.loss.detach() - taken)
+
+    stock = loss()
+    with apply(model):
+        assert loss() == pytest.approx(stock, rel=0.02)
+    if MODEL_TYPES[name].keys_are_scored:
+        with apply(model, indexer_loss_coeff=1.0):
+            assert loss() == pytest.approx(stock, rel=0.02)
 
 
 @pytest.mark.parametrize("dtype", HALVES, ids=str)

@@ -141,7 +141,7 @@ def attend(
         raise UnsupportedError(f'attn_implementation="{NAME}" has no dropout, got {dropout}. Set attention_dropout=0.')
     state = state_of(module)
     training = state.training if module.training else None
-    query, key, value = (x.transpose(1, 2) for x in (query, key, value))
+    query, key, value = (x.transpose(1, 2) for x in _alike(query, key, value))
     indexer = getattr(module, "indexer", None)
     if training is not None and indexer is not None:
         own = state_of(indexer)
@@ -171,6 +171,17 @@ def attend(
     )
     assert isinstance(out, Tensor)
     return out, None
+
+
+def _alike(*operands: Tensor) -> list[Tensor]:
+    """Return operands in one dtype: autocast's, as sdpa has them under it, where rotary parts come in float32."""
+    device = operands[0].device.type
+    dtype = operands[0].dtype
+    for x in operands[1:]:
+        dtype = torch.promote_types(dtype, x.dtype)
+    if torch.is_autocast_enabled(device) and dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(device)
+    return [x.to(dtype) for x in operands]
 
 
 def _shown(mask: Tensor | None, indices: Tensor) -> Tensor:
