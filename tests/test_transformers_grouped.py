@@ -41,6 +41,10 @@ def test_patched_and_stock_are_one_model(name: str, side: str) -> None:
     if name == "glm5_next_text":
         with apply(model, attention=False):
             assert not far_apart(step(model, ids, mask), stock, 1e-11)
+        with apply(model):
+            model.config.text_config._attn_implementation = "sdpa"
+            assert not far_apart(step(model, ids, mask), stock, 1e-11)
+            model.config.text_config._attn_implementation = "headfold"
 
 
 @pytest.mark.parametrize("length", [1, 2, 3, 4])

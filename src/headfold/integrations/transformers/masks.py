@@ -62,12 +62,10 @@ class VisibleKeys:
         keys = KeyRange(start, end, self.keys.offset, self.keys.ratio)
         return VisibleKeys(keys, self.sq, self.sk, padding, rows)
 
-    @property
-    def own(self) -> Tensor:
-        """[1 or b, sq]: each row's own place among the keys."""
+    def own(self, device: torch.device) -> Tensor:
+        """Return each row's own place among the keys, [1 or b, sq]."""
         if self.keys.end is not None:
-            return self.keys.end.long() - 1
-        device = None if self.padding is None else self.padding.device
+            return self.keys.end.to(device).long() - 1
         return (torch.arange(self.sq, device=device) + (self.keys.offset or 0)).unsqueeze(0)
 
     @property

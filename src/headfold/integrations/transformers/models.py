@@ -20,6 +20,7 @@ COMPRESSED = "(hidden_states, q_residual, position_ids, past_key_values, layer_i
 POOLED = "(hidden_states, q_resid, attention_mask, past_key_values)"
 BLOCKS = "(hidden_states, position_embeddings, attention_mask, past_key_values)"
 ATTENTION = "(module, query, key, value, attention_mask, scaling, dropout=0.0, **kwargs)"
+BUILD_MASK = "build_attention_mask_from_topk"
 FROM_SELECTION = "(self, topk_indices, query_states, kv_length)"
 KEPT = ("wq_b", "wk", "k_norm", "weights_proj", "n_heads", "head_dim", "index_topk", "softmax_scale", "layer_idx")
 # What each scorer is made of, by the signature of its indexer's forward.
@@ -89,8 +90,8 @@ class ModelType:
             (f"{self.path}.eager_attention_forward", getattr(self.module, "eager_attention_forward", None), ATTENTION),
         ]
         if self.signature == POOLED:
-            name = "build_attention_mask_from_topk"
-            seams.append((f"{self.attention.__name__}.{name}", getattr(self.attention, name, None), FROM_SELECTION))
+            build = getattr(self.attention, BUILD_MASK, None)
+            seams.append((f"{self.attention.__name__}.{BUILD_MASK}", build, FROM_SELECTION))
         for label, target, needed in seams:
             found = signature_of(target)
             if found != needed:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from types import MethodType
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 from transformers import AttentionInterface, PreTrainedModel
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 from transformers.monkey_patching import get_patch_mapping, register_patch_mapping, unregister_patch_mapping
@@ -18,6 +18,7 @@ from headfold.integrations.transformers.layers import attend, direct_forward, la
 from headfold.integrations.transformers.masks import NAME, mask_for
 from headfold.integrations.transformers.models import (
     BLOCKS,
+    BUILD_MASK,
     COMPRESSED,
     DIRECT,
     FROM_SELECTION,
@@ -33,7 +34,7 @@ from headfold.integrations.transformers.pooled import (
     block_forward,
     compressed_forward,
     pooled_forward,
-    select_instead_of_mask,
+    selecting,
 )
 from headfold.integrations.transformers.training import STATE, LayerState, Training
 
@@ -200,8 +201,8 @@ def _forward(model_type: ModelType, indexer: nn.Module) -> Replace:
 
 
 def _selects(attention: nn.Module) -> Replace:
-    name = "build_attention_mask_from_topk"
-    return Replace(attention, name, MethodType(select_instead_of_mask, attention), FROM_SELECTION)
+    build: Any = selecting(getattr(type(attention), BUILD_MASK))
+    return Replace(attention, BUILD_MASK, MethodType(build, attention), FROM_SELECTION)
 
 
 def _class(model_type: ModelType) -> type[nn.Module]:
@@ -214,15 +215,8 @@ def _class(model_type: ModelType) -> type[nn.Module]:
     return type(f"Headfold{indexer.__name__}", (indexer,), members)
 
 
-def _selecting_class(attention: Any) -> type[nn.Module]:
-    """Return an attention that hands its selection on where it runs on headfold, and makes its mask elsewhere."""
-
-    def build(self: Any, topk_indices: Tensor, query_states: Tensor, kv_length: int) -> Any:
-        handed = self.config._attn_implementation == NAME
-        build = select_instead_of_mask if handed else attention.build_attention_mask_from_topk
-        return build(self, topk_indices, query_states, kv_length)
-
-    members = {"build_attention_mask_from_topk": build, "__module__": __name__}
+def _selecting_class(attention: type[nn.Module]) -> type[nn.Module]:
+    members = {BUILD_MASK: selecting(getattr(attention, BUILD_MASK)), "__module__": __name__}
     return type(f"Headfold{attention.__name__}", (attention,), members)
 
 

@@ -10,6 +10,7 @@ is made; the keys past the last whole group, which are selected always, follow t
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -135,9 +136,18 @@ def pooled_forward(
     return indices.masked_fill_(~attention_mask.unsqueeze(-1), -1).int()
 
 
-def select_instead_of_mask(self: Any, topk_indices: Tensor, query_states: Tensor, kv_length: int) -> Selected:
-    """Hand a selection to the attention "headfold" as it is, where the model makes a mask of it."""
-    return Selected(topk_indices)
+def selecting(build_mask: Callable[..., Any]) -> Callable[..., Any]:
+    """Return what stands for a pooled attention's build_attention_mask_from_topk, given that.
+
+    Under the attention "headfold" it hands the selection on as it is, where the model makes a mask of it.
+    """
+
+    def build(self: Any, topk_indices: Tensor, query_states: Tensor, kv_length: int) -> Any:
+        if self.config._attn_implementation == NAME:
+            return Selected(topk_indices)
+        return build_mask(self, topk_indices, query_states, kv_length)
+
+    return build
 
 
 @torch.no_grad()
@@ -191,7 +201,7 @@ def _blocks(mask: VisibleKeys, b: int, t: int, ratio: int, device: torch.device)
     """Divide the keys that are no padding into blocks, from the first that the rows of their sequence see."""
     real = torch.ones(b, t, dtype=torch.bool, device=device) if mask.padding is None else mask.padding.to(device)
     count = real.cumsum(-1)
-    own = mask.own.to(device).expand(b, -1)
+    own = mask.own(device).expand(b, -1)
     start = torch.zeros_like(own)
     before = torch.zeros_like(count[:, :1])  # keys before the sequence's first, of every key's sequence
     if mask.keys.start is not None:
@@ -200,7 +210,7 @@ def _blocks(mask: VisibleKeys, b: int, t: int, ratio: int, device: torch.device)
                 f"headfold runs indexers of qwen4_exp on packed sequences without a cache, got {mask.sq} rows and {t} "
                 "keys."
             )
-        start = mask.keys.start.long().expand(b, -1)
+        start = mask.keys.start.to(device).long().expand(b, -1)
         before = (count - real.long()).gather(1, start)
     order = torch.argsort(~real, dim=-1, stable=True)  # the keys that are no padding, then the others
     last = real & ((count - before) % ratio == 0)
