@@ -94,6 +94,7 @@ def grouped_config(name: str, **changes: Any) -> Any:
     if name == "qwen4_exp_text":
         return transformers.Qwen4ExpTextConfig(**sizes)
     vision = {"depth": 1, "hidden_size": 8, "intermediate_size": 8, "num_heads": 2, "out_hidden_size": 40}
+    vision |= {"projection_intermediate_size": 8}
     return transformers.Glm5NextConfig(text_config=transformers.Glm5NextTextConfig(**sizes), vision_config=vision)
 
 

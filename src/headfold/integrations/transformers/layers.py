@@ -100,7 +100,7 @@ def _bias(mask: Tensor) -> Tensor:
     """Return what a mask [b, s, t] adds to scores: 0 or -inf where it is bool, itself where it is not."""
     if mask.dtype != torch.bool:
         return mask
-    return torch.zeros(mask.shape, dtype=torch.bfloat16, device=mask.device).masked_fill_(~mask, -torch.inf)
+    return torch.zeros(mask.shape, dtype=torch.float16, device=mask.device).masked_fill_(~mask, -torch.inf)
 
 
 def attend(
