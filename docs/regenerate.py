@@ -3,6 +3,7 @@
     headfold prove --full --rounds 3 --threads 2 --report docs/results     # measures
     python examples/warmup.py --threads 2 --out docs/results               # measures the example
     python docs/measure_megatron.py                                        # measures Megatron-Core's functions
+    python docs/measure_transformers.py --threads 2                        # measures transformers
     python docs/regenerate.py                                              # writes it into the pages
     python docs/regenerate.py --check                                      # exits 1 when a page says otherwise
 
@@ -23,7 +24,7 @@ from tabulate import tabulate
 from headfold.lanes.record import show, show_bytes
 
 DOCS = Path(__file__).parent
-PAGES = (DOCS.parent / "README.md", DOCS / "story.md", DOCS / "megatron.md")
+PAGES = (DOCS.parent / "README.md", *(DOCS / f"{name}.md" for name in ("story", "megatron", "transformers")))
 PLACE = re.compile(r"(<!-- measured: ([a-z ]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 Report = dict[str, Any]
@@ -143,6 +144,30 @@ def megatron(_: Report) -> str:
     return tabulate(table, head, tablefmt="github", disable_numparse=True) + f"\n\n{where}"
 
 
+def transformers(_: Report) -> str:
+    """Peaks of a model of transformers before and after, from a file of their own."""
+    found = json.loads((DOCS / "results" / "transformers.json").read_text(encoding="utf-8"))
+    e, model = found["environment"], found["settings"]
+    cells = {(r["s"], r["phase"], r["path"]): r for r in found["rows"]}
+
+    def shown(cell: dict[str, Any]) -> list[str]:
+        if "note" in cell:
+            return [f"not run: {cell['note']}", ""]
+        return [show_bytes(cell["process"]), show_bytes(cell["allocator"])]
+
+    table = [
+        [f"{s:,}", phase, *shown(cells[s, phase, "stock"]), *shown(cells[s, phase, "headfold"])]
+        for s, phase in dict.fromkeys((s, phase) for s, phase, _ in cells)
+    ]
+    head = ["s", "what runs", "stock, process", "stock, allocator", "headfold, process", "headfold, allocator"]
+    return tabulate(table, head, tablefmt="github", disable_numparse=True) + (
+        f"\n\nb={model['b']}, {model['dtype']}, one layer of deepseek_v32: {model['index_n_heads']} index heads of "
+        f"{model['index_head_dim']}, topk {model['index_topk']}, {model['num_attention_heads']} attention heads, "
+        f"hidden size {model['hidden_size']}; transformers {e['transformers']} with sdpa, "
+        f"torch {e['torch'].split('+')[0]}, {e['cpu']}, {e['threads']} threads."
+    )
+
+
 MEASURED: dict[str, Callable[[Report], str]] = {
     "headline": headline,
     "residency": residency,
@@ -150,6 +175,7 @@ MEASURED: dict[str, Callable[[Report], str]] = {
     "selection": selection,
     "warmup": warmup,
     "megatron": megatron,
+    "transformers": transformers,
     "conditions": lambda report: f"Measured at {conditions(report)}.",
 }
 

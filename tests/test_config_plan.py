@@ -88,23 +88,32 @@ def test_a_layers_peaks_are_the_planned_ones(np: int, heads: int, kind: str, dty
 
 def test_the_command_bills_a_model_and_finds_what_fits(tmp_path: Path) -> None:
     path = written("glm_moe_dsa", tmp_path)
-    lane = config_plan(path, tokens=2048, memory=1 << 30)
-    full, shared, model = lane.rows
-    assert (full["layers"], shared["layers"], model["layers"]) == (2, 2, 4)
+    prefill, training = config_plan(path, tokens=2048, memory=1 << 30)
+    assert [(row["layers"], row["path"]) for row in prefill.rows] == [
+        ("0-1", "transformers"), ("0-1", "headfold"), ("2-3", "transformers"), ("2-3", "headfold"),
+        ("largest stage", "transformers"), ("largest stage", "headfold"),
+    ]  # fmt: skip
     shape = from_config(json.loads(path.read_text()), "config.json")
-    assert model["stock_prefill"] == plan_model(shape, 2048, stock=stock_step).stock
-    assert model["stock_training"] > model["stock_prefill"] > 8 * model["headfold_prefill"]
-    assert model["headfold_training"] > model["headfold_prefill"]
-    words = lane.notes[-1].split()
-    stock = int(words[words.index("stock") - 2].replace(",", ""))
-    assert (
-        plan_model(shape, stock, stock=stock_step).stock
-        <= 1 << 30
-        < plan_model(shape, stock + 1, stock=stock_step).stock
-    )
+    stock, patched = prefill.rows[-2:]
+    assert stock["total"] == plan_model(shape, 2048, stock=stock_step).stock
+    assert training.rows[-2]["total"] > stock["total"] > 8 * patched["total"]
+    assert training.rows[-1]["total"] > patched["total"]
+    for way, row in (("stock", stock), ("headfold", patched)):
+        bills = [getattr(plan_model(shape, row["longest"] + more, stock=stock_step), way) for more in (0, 1)]
+        assert bills[0] <= 1 << 30 < bills[1]
     done = CliRunner().invoke(app, ["plan", "--model", str(path), "--tokens", "2048", "--memory", "1", "--json"])
     assert done.exit_code == 0
-    assert json.loads(done.stdout)["lanes"][0]["rows"][2]["stock_prefill"] == model["stock_prefill"]
+    assert [lane["rows"][-2]["total"] for lane in json.loads(done.stdout)["lanes"]] == [
+        lane.rows[-2]["total"] for lane in (prefill, training)
+    ]
+
+
+def test_the_plan_says_what_it_leaves_out(tmp_path: Path) -> None:
+    (full, _), (some, _) = (config_plan(written(name, tmp_path)) for name in ("axk2", "dots3_note_text"))
+    assert any("What decoding caches is not billed" in note for note in full.notes)
+    assert not any("have no indexer" in note for note in full.notes)
+    assert any(note.startswith("2 of 4 layers have no indexer") for note in some.notes)
+    assert any(note.startswith("H200 141 GB: the longest context is") for note in some.notes)
 
 
 @pytest.mark.parametrize(
@@ -113,6 +122,11 @@ def test_the_command_bills_a_model_and_finds_what_fits(tmp_path: Path) -> None:
         ({"model_type": "llama"}, "model_type must be one of axk2, .*, got 'llama'"),
         ({"index_topk": None}, "index_topk must be an integer of at least 1, got None"),
         ({"hidden_size": True}, "hidden_size must be an integer of at least 1, got True"),
+        (
+            {"indexer_types": None, "index_skip_topk_offset": None},
+            "index_skip_topk_offset must be an integer .* got None",
+        ),
+        ({"indexer_types": None, "index_topk_freq": "2"}, "index_topk_freq must be an integer of at least 0, got '2'"),
         ({"indexer_types": ["full"]}, r'indexer_types must hold "full" or "shared" for 4 layers, got \[\'full\'\]'),
     ],
 )

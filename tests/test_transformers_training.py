@@ -13,8 +13,9 @@ from torch import Tensor
 from transformers import AttentionInterface
 
 from headfold import UnsupportedError
-from headfold.integrations.transformers import apply
+from headfold.integrations.transformers import IndexerLosses, apply
 from headfold.integrations.transformers.layers import attend
+from headfold.integrations.transformers.training import _share
 from tiny_models import NAMES, build, far_apart, in_float64, one_thread, padding_of, step, tokens
 
 __all__ = ["one_thread"]
@@ -194,6 +195,49 @@ def test_a_short_run_brings_the_loss_down() -> None:
             seen.append([float(x.detach()) for x in losses.layers.values()])
     assert all(last < 0.6 * first for first, last in zip(seen[0], seen[-1], strict=True)), (seen[0], seen[-1])
     assert all(torch.equal(p, kept[n]) for n, p in model.named_parameters() if n in kept)
+
+
+def test_accumulated_passes_weigh_the_loss_of_indexers_as_one_batch_does() -> None:
+    """Trainer adds up passes whose losses are shares of the step's: each is told the labels of all of them."""
+    model, ids = build("glm_moe_dsa").double().train(), tokens(4, 21)
+    labels = ids.clone()
+    labels[2:, 3:9] = -100
+    items = (labels[:, 1:] != -100).sum()
+    with in_float64("glm_moe_dsa"), apply(model, indexer_loss_coeff=COEFF):
+        own, parts = [], []
+        for rows in (slice(0, 2), slice(2, 4)):
+            own.append(model(input_ids=ids[rows], labels=labels[rows]).indexer_losses)
+            out = model(input_ids=ids[rows], labels=labels[rows], num_items_in_batch=items)
+            parts.append(out.indexer_losses)
+            out.loss.backward()
+            shifted = {"labels": labels[rows], "shift_labels": labels[rows, 1:], "num_items_in_batch": int(items)}
+            given = IndexerLosses(COEFF, out.indexer_losses.layers, _share(shifted))
+            assert torch.equal(given.total, out.indexer_losses.total)
+    counts = [int((labels[rows, 1:] != -100).sum()) for rows in (slice(0, 2), slice(2, 4))]
+    grads = {n: p.grad for n, p in model.named_parameters() if "indexer" in n and p.grad is not None}
+    wanted = own[0].total * counts[0] / items + own[1].total * counts[1] / items
+    for loss, count in zip(parts, counts, strict=True):
+        assert float(loss.share) == pytest.approx(count / int(items))
+    assert sum(float(loss.total.detach()) for loss in parts) == pytest.approx(float(wanted.detach()))
+    parameters = {n: p for n, p in model.named_parameters() if n in grads}
+    direct = dict(zip(parameters, torch.autograd.grad(wanted, list(parameters.values())), strict=True))
+    assert not far_apart(grads, direct, 1e-6)  # shares are float32
+
+
+def test_a_loss_that_nobody_would_get_is_refused() -> None:
+    model, ids = build("glm_moe_dsa").train(), tokens(1, 9)
+    with apply(model, indexer_loss_coeff=1.0):
+        for part in (model.model, model.forward):
+            with pytest.raises(
+                UnsupportedError, match=r"calls of the model that was given to apply, got a call of a part"
+            ):
+                part(input_ids=ids)
+        assert model.model.eval()(input_ids=ids).last_hidden_state.shape == (1, 9, 40)
+    without = pytest.raises(UnsupportedError, match="needs a model that has one, got GlmMoeDsaModel")
+    with apply(model.train().model, indexer_loss_coeff=1.0), without:
+        model(input_ids=ids, labels=ids)
+    with apply(model.model, indexer_loss_coeff=1.0, add_to_loss=False):
+        assert set(model.model(input_ids=ids).indexer_losses.layers) == {0, 1}
 
 
 def test_an_error_in_a_pass_leaves_no_carrier_behind() -> None:

@@ -47,6 +47,35 @@ MODELS: dict[str, tuple[str, str, dict[str, Any]]] = {
 }  # fmt: skip
 
 NAMES = list(MODELS)
+# Types whose indexers score groups of keys: compressed ones, pools, blocks.
+COMMON: dict[str, Any] = {name: SIZES[name] for name in (
+    "vocab_size", "hidden_size", "moe_intermediate_size", "num_attention_heads", "num_experts_per_tok",
+    "initializer_range", "pad_token_id", "bos_token_id", "eos_token_id")}  # fmt: skip
+INDEXER = {"index_n_heads": 16, "index_head_dim": 20, "index_topk": 4}
+LAYERS = {"num_hidden_layers": 3, "layer_types": ["linear_attention", "indexed_attention", "indexed_attention"]}
+GROUPED: dict[str, dict[str, Any]] = {
+    "deepseek_v4": {
+        **COMMON, **INDEXER, "num_hidden_layers": 3, "head_dim": 24, "num_key_value_heads": 1, "q_lora_rank": 28,
+        "n_routed_experts": 4, "hc_mult": 2, "sliding_window": 9, "o_groups": 2, "o_lora_rank": 8,
+        "layer_types": ["compressed_sparse_attention", "heavily_compressed_attention", "compressed_sparse_attention"],
+        "compress_rates": {"compressed_sparse_attention": 3, "heavily_compressed_attention": 5},
+        "partial_rotary_factor": 1 / 3, "mlp_layer_types": ["moe"] * 3,
+    },
+    "glm5_next_text": {
+        **COMMON, **LAYERS, **INDEXER, "index_topk": 9, "index_kpool": 3, "num_key_value_heads": 4,
+        "intermediate_size": 48, "n_routed_experts": 4, "kv_lora_rank": 24, "q_lora_rank": 28, "v_head_dim": 10,
+        "qk_nope_head_dim": 12, "linear_head_dim": 8, "linear_num_heads": 2, "hc_mult": 2,
+        "mlp_layer_types": ["dense", "sparse", "sparse"], "indexer_types": ["full", "full", "shared"],
+    },
+    "qwen4_exp_text": {
+        **COMMON, **LAYERS, "head_dim": 16, "num_key_value_heads": 2, "num_experts": 4, "linear_key_head_dim": 8,
+        "linear_value_head_dim": 8, "linear_num_key_heads": 2, "linear_num_value_heads": 2, "hc_count": 2,
+        "hc_lowrank": 6, "shared_expert_intermediate_size": 16, "indexer_n_heads": 16, "indexer_kv_heads": 1,
+        "indexer_head_dim": 20, "indexer_budget": 9, "indexer_compress_ratio": 3,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [3, 3, 2]},
+    },
+}  # fmt: skip
+GROUPED_NAMES = list(GROUPED)
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -58,7 +87,27 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
+def grouped_config(name: str, **changes: Any) -> Any:
+    sizes = {**GROUPED[name], **changes}
+    if name == "deepseek_v4":
+        return transformers.DeepseekV4Config(**sizes)
+    if name == "qwen4_exp_text":
+        return transformers.Qwen4ExpTextConfig(**sizes)
+    vision = {"depth": 1, "hidden_size": 8, "intermediate_size": 8, "num_heads": 2, "out_hidden_size": 40}
+    vision |= {"projection_intermediate_size": 8}
+    return transformers.Glm5NextConfig(text_config=transformers.Glm5NextTextConfig(**sizes), vision_config=vision)
+
+
+CLASSES = {
+    "deepseek_v4": "DeepseekV4ForCausalLM",
+    "glm5_next_text": "Glm5NextForConditionalGeneration",
+    "qwen4_exp_text": "Qwen4ExpForCausalLM",
+}
+
+
 def config_of(name: str, **changes: Any) -> Any:
+    if name in GROUPED:
+        return grouped_config(name, **changes)
     config, _, more = MODELS[name]
     sizes = {**SIZES, **MLPS, **more, **changes}
     if name == "mistral_large4_text":
@@ -74,7 +123,7 @@ def build(name: str, seed: int = 0, attention: str | None = None, **changes: Any
     """Return a model in eval mode, with random weights that none of its parts ignores."""
     config = config_of(name, **changes)
     torch.manual_seed(seed)
-    model = getattr(transformers, MODELS[name][1])(config).eval()
+    model = getattr(transformers, CLASSES[name] if name in GROUPED else MODELS[name][1])(config).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() == 1:  # norms, sinks, scales: not left at what they start from

@@ -103,7 +103,7 @@ def plan(
         _finish([megatron_plan(megatron, tokens=tokens, b=batch, memory=room)], as_json)
     if model is not None:
         _exclude("--model", preset=preset, shape=shape, causal="causal" if causal else None)
-        _finish([config_plan(model, tokens=tokens or 4096, b=batch or 1, dtype=dtype, memory=room)], as_json)
+        _finish(config_plan(model, tokens=tokens or 4096, b=batch or 1, dtype=dtype, memory=room), as_json)
     if memory is not None:
         raise ValueError(f"--memory: needs --megatron or --model, got {memory:g} without one.")
     _finish([run_plan(_problem(preset, shape, None, tokens, batch, dtype, causal).geometry, causal=causal)], as_json)

@@ -99,11 +99,26 @@ def _computing(found: Mapping[str, Any], kind: str, layers: int, source: str) ->
     if types is None and kind == "hy_v4":
         return [i == 0 or (i - 1) % 4 == 0 for i in range(layers)]
     if types is None:
-        every, offset = max(found.get("index_topk_freq") or 1, 1), found.get("index_skip_topk_offset", 2)
+        every = max(1, _whole(found, "index_topk_freq", 1, source))
+        offset = _whole(found, "index_skip_topk_offset", 2, source)
         return [max(i - offset + 1, 0) % every == 0 for i in range(layers)]
     if len(types) != layers or not set(types) <= {"full", "shared", "F", "S"}:
         raise ValueError(f'{source}: indexer_types must hold "full" or "shared" for {layers} layers, got {types!r}.')
     return [name in ("full", "F") for name in types]
+
+
+def left_out(tree: Mapping[str, Any], model: ModelShape) -> int:
+    """Return how many layers of a configuration a model read from it leaves out."""
+    nested = tree.get("text_config")
+    found = {**tree, **nested} if isinstance(nested, Mapping) else tree
+    return int(found["num_hidden_layers"]) - len(model.layers)
+
+
+def _whole(found: Mapping[str, Any], name: str, default: int, source: str) -> int:
+    value = found.get(name, default)
+    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+        raise ValueError(f"{source}: {name} must be an integer of at least 0, got {value!r}.")
+    return value
 
 
 def _size(found: Mapping[str, Any], name: str, source: str) -> int:

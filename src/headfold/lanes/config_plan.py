@@ -3,29 +3,21 @@
 from __future__ import annotations
 
 import json
-from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
-from headfold.lanes.plan import DEVICES, GIB
-from headfold.lanes.record import Column, Lane
-from headfold.model_plan import ModelShape, longest, plan_model
-from headfold.transformers_plan import from_config, stock_step
-
-COLUMNS = (
-    Column("what", "what"),
-    Column("layers", "layers"),
-    Column("stock_prefill", "prefill, stock", "bytes"),
-    Column("headfold_prefill", "prefill, headfold", "bytes"),
-    Column("stock_training", "training, stock", "bytes"),
-    Column("headfold_training", "training, headfold", "bytes"),
-)
+from headfold.lanes.model_plan import model_lane
+from headfold.lanes.plan import DEVICES
+from headfold.lanes.record import Lane
+from headfold.megatron_plan import Plan
+from headfold.model_plan import ModelShape, Parallel, longest
+from headfold.transformers_plan import from_config, left_out, stock_step
 
 
 def config_plan(
     path: Path, *, tokens: int = 4096, b: int = 1, dtype: str | None = None, memory: int | None = None
-) -> Lane:
-    """Bill a configuration file at a context, and find the longest contexts that fit.
+) -> list[Lane]:
+    """Bill a configuration file at a context, in prefill and in training, and find the longest contexts that fit.
 
     Args:
         path: config.json.
@@ -41,36 +33,29 @@ def config_plan(
     except (OSError, ValueError) as error:
         raise ValueError(f"--model: needs a configuration of transformers in JSON, got {path}: {error}.") from error
     prefill = from_config(tree, str(path), b=b, dtype=dtype)
-    training = replace(prefill, training=True)
-    bills = [plan_model(model, tokens, stock=stock_step) for model in (prefill, training)]
-    layers = [[layer for stage in bill.stages for layer in stage.layers] for bill in bills]
-    lane = Lane("plan", f"What does attention of {path} cost at {tokens:,} tokens, b={b}, {prefill.dtype}?", COLUMNS)
-    counts = Counter(layer.computes for layer in prefill.layers)
-    for computes in sorted(counts, reverse=True):
-        place = next(i for i, layer in enumerate(prefill.layers) if layer.computes == computes)
-        forward, step = layers[0][place], layers[1][place]
-        what = "a layer with an indexer" if computes else "a layer that reuses a selection"
-        peaks = {"stock_prefill": forward.stock.peak, "headfold_prefill": forward.headfold.peak}
-        peaks |= {"stock_training": step.stock.peak, "headfold_training": step.headfold.peak}
-        lane.rows.append({"what": what, "layers": counts[computes], **peaks})
-    totals = {f"{way}_{when}": getattr(bill, way) for bill, when in zip(bills, ("prefill", "training"), strict=True)
-              for way in ("stock", "headfold")}  # fmt: skip
-    lane.rows.append({"what": "the model", "layers": len(prefill.layers), **totals})
-    lane.notes += [
-        "A layer's bytes are its peak beyond what goes in and out; the model's include that, and in training what "
-        "every layer holds for backward. Weights, optimiser, projections and feed-forward layers are not billed.",
-        "Stock is sdpa's plain path, as on a CPU; it has no loss of indexers, which training on headfold includes.",
-        *_longest(prefill, training, DEVICES if memory is None else {f"{memory / GIB:g} GiB": memory}),
-    ]
-    return lane
-
-
-def _longest(prefill: ModelShape, training: ModelShape, devices: dict[str, int]) -> list[str]:
-    lines = []
-    for name, size in devices.items():
-        found = [longest(model, size, stock=stock_step) for model in (prefill, training)]
-        lines.append(
-            f"{name}: the longest context is {found[0].stock:,} tokens stock and {found[0].headfold:,} on headfold in "
-            f"prefill, {found[1].stock:,} and {found[1].headfold:,} in training."
+    beside = left_out(tree, prefill)
+    lanes = []
+    for model in (prefill, replace(prefill, training=True)):
+        plan = Plan(model, Parallel(), tokens)
+        lane = model_lane(plan, tokens, stock=stock_step, name="transformers", memory=memory)
+        lane.notes.append(
+            "transformers runs sdpa's plain path here, as on a CPU, and has no loss of indexers, which training on "
+            "headfold includes. What decoding caches is not billed."
         )
+        if beside:
+            lane.notes.append(
+                f"{beside} of {beside + len(model.layers)} layers have no indexer, sliding ones: they are not billed, "
+                "and layers are counted without them."
+            )
+        if memory is None:
+            lane.notes += _longest(model)
+        lanes.append(lane)
+    return lanes
+
+
+def _longest(model: ModelShape) -> list[str]:
+    lines = []
+    for name, size in DEVICES.items():
+        found = longest(model, size, stock=stock_step)
+        lines.append(f"{name}: the longest context is {found.stock:,} tokens stock and {found.headfold:,} on headfold.")
     return lines

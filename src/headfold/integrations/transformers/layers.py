@@ -6,16 +6,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from headfold.attention import sparse_attention
 from headfold.contract import UnsupportedError
-from headfold.integrations.transformers.masks import NAME, VisibleKeys
-from headfold.integrations.transformers.models import model_type_of, operands
-from headfold.integrations.transformers.training import LayerState, Operands
+from headfold.integrations.transformers.masks import NAME, Selected, VisibleKeys
+from headfold.integrations.transformers.models import check_attention, model_type_of, operands
+from headfold.integrations.transformers.training import Operands, state_of
 from headfold.selection import index_topk
-
-STATE = "headfold"
-PLAIN = LayerState()
 
 
 def latent_forward(
@@ -62,7 +60,7 @@ def select(
     In training the operands stay with the indexer for its loss. They are made of detached inputs: the loss trains the
     indexer alone.
     """
-    state: LayerState = getattr(indexer, STATE, PLAIN)
+    state = state_of(indexer)
     training = state.training if indexer.training else None
     with torch.set_grad_enabled(training is not None and torch.is_grad_enabled()):
         model_type = model_type_of("headfold", indexer.config)
@@ -102,7 +100,7 @@ def _bias(mask: Tensor) -> Tensor:
     """Return what a mask [b, s, t] adds to scores: 0 or -inf where it is bool, itself where it is not."""
     if mask.dtype != torch.bool:
         return mask
-    return torch.zeros(mask.shape, device=mask.device).masked_fill_(~mask, -torch.inf)
+    return torch.zeros(mask.shape, dtype=torch.float16, device=mask.device).masked_fill_(~mask, -torch.inf)
 
 
 def attend(
@@ -110,46 +108,55 @@ def attend(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    attention_mask: VisibleKeys | Tensor | None,
+    attention_mask: VisibleKeys | Selected | Tensor | None,
     scaling: float,
     dropout: float = 0.0,
     indices: Tensor | None = None,
     s_aux: Tensor | None = None,
-    **_: Any,
+    **rest: Any,
 ) -> tuple[Tensor, None]:
     """Attend to a selection, or to every visible key of a layer without one; registered as attention "headfold".
+
+    Attentions of both directions, of encoders beside a text model that share its attention's name, run on sdpa.
 
     Args:
         module: the attention.
         query: [b, np, s, hn].
         key: [b, np_k, t, hn].
         value: [b, np_k, t, v].
-        attention_mask: what `visible_keys` returned, or a bool mask [b, 1, s, t] of the caller's.
+        attention_mask: what `visible_keys` returned, a selection, or a bool mask [b, 1, s, t] of the caller's.
         scaling: factor of the logits.
         dropout: 0.
         indices: int32 [b, s, topk], or None.
         s_aux: [np], sinks.
+        rest: sdpa's, where that runs.
 
     Returns: out [b, s, np, v], and None where other attentions return their weights.
     """
+    if not getattr(module, "is_causal", True):
+        mask: Any = attention_mask
+        return sdpa_attention_forward(module, query, key, value, mask, dropout, scaling, **rest)
+    check_attention(module.config)
     if dropout:
         raise UnsupportedError(f'attn_implementation="{NAME}" has no dropout, got {dropout}. Set attention_dropout=0.')
-    state: LayerState = getattr(module, STATE, PLAIN)
+    state = state_of(module)
     training = state.training if module.training else None
-    query, key, value = (x.transpose(1, 2) for x in (query, key, value))
+    query, key, value = (x.transpose(1, 2) for x in _alike(query, key, value))
     indexer = getattr(module, "indexer", None)
     if training is not None and indexer is not None:
-        own: LayerState = getattr(indexer, STATE)
+        own = state_of(indexer)
         left, own.left = own.left, None
         if left is None:
             raise ValueError(f"headfold: layer {module.layer_idx} attends before its indexer ran.")
         training.add_layer(module.layer_idx, left, query, key, scaling)
     b, device, keys = query.shape[0], query.device, None
-    if indices is None or (training is not None and training.dense):
+    if isinstance(attention_mask, Selected):
+        indices = attention_mask.indices
+    elif indices is None or (training is not None and training.dense):
         indices = torch.arange(key.shape[1], dtype=torch.int32, device=device).expand(b, query.shape[1], -1)
         if isinstance(attention_mask, VisibleKeys):
             indices, keys = attention_mask.every_key(b, device), attention_mask.keys
-    if not isinstance(attention_mask, VisibleKeys):
+    if not isinstance(attention_mask, (VisibleKeys, Selected)):
         indices = _shown(attention_mask, indices)
     out = sparse_attention(
         query,
@@ -164,6 +171,17 @@ def attend(
     )
     assert isinstance(out, Tensor)
     return out, None
+
+
+def _alike(*operands: Tensor) -> list[Tensor]:
+    """Return operands in one dtype: autocast's, as sdpa has them under it, where rotary parts come in float32."""
+    device = operands[0].device.type
+    dtype = operands[0].dtype
+    for x in operands[1:]:
+        dtype = torch.promote_types(dtype, x.dtype)
+    if torch.is_autocast_enabled(device) and dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(device)
+    return [x.to(dtype) for x in operands]
 
 
 def _shown(mask: Tensor | None, indices: Tensor) -> Tensor:

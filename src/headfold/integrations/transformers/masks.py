@@ -3,16 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from transformers.masking_utils import bidirectional_mask_function, causal_mask_function, prepare_padding_mask
+from transformers.masking_utils import (
+    bidirectional_mask_function,
+    causal_mask_function,
+    prepare_padding_mask,
+    sdpa_mask,
+)
 
 from headfold.contract import UnsupportedError
+from headfold.integrations.transformers.models import COMPOSITES, MODEL_TYPES, check_attention
 from headfold.keyrange import KeyRange
 
 NAME = "headfold"
+
+
+class Selected(NamedTuple):
+    """A selection in a mask's place, for attentions that make one of it: int32 [b, sq, n], -1 for none."""
+
+    indices: Tensor
 
 
 class VisibleKeys:
@@ -22,8 +34,10 @@ class VisibleKeys:
     index returns it as it is.
 
     keys: the range.   padding: bool [b, sk], false where a key is padding, or None.   rows: bool [b, sq], false for
-    rows that are padding themselves, or None.
+    rows that are padding themselves, or None.   dtype: what a mask that is true where a key is seen has.
     """
+
+    dtype = torch.bool
 
     def __init__(self, keys: KeyRange, sq: int, sk: int, padding: Tensor | None, rows: Tensor | None) -> None:
         self.keys, self.sq, self.sk, self.padding, self.rows = keys, sq, sk, padding, rows
@@ -31,6 +45,10 @@ class VisibleKeys:
 
     def __getitem__(self, index: Any) -> VisibleKeys:
         return self
+
+    def __and__(self, selected: Selected) -> Selected:
+        """Narrow it to a selection, which holds nothing that it hides."""
+        return selected
 
     def contiguous(self) -> VisibleKeys:
         """Return itself; `generate` asks every mask for it."""
@@ -43,6 +61,12 @@ class VisibleKeys:
         )
         keys = KeyRange(start, end, self.keys.offset, self.keys.ratio)
         return VisibleKeys(keys, self.sq, self.sk, padding, rows)
+
+    def own(self, device: torch.device) -> Tensor:
+        """Return each row's own place among the keys, [1 or b, sq]."""
+        if self.keys.end is not None:
+            return self.keys.end.to(device).long() - 1
+        return (torch.arange(self.sq, device=device) + (self.keys.offset or 0)).unsqueeze(0)
 
     @property
     def bias(self) -> Tensor | None:
@@ -61,6 +85,25 @@ class VisibleKeys:
         return keys.unsqueeze(1).expand(-1, self.sq, -1)
 
 
+def mask_for(*, config: Any, mask_function: Callable[..., Any], **asked: Any) -> VisibleKeys | Tensor | None:
+    """Answer transformers' call for a mask; registered as the mask of "headfold".
+
+    Encoders beside a text model, which take its attention's name over and see keys on both sides, get sdpa's mask.
+
+    Raises: UnsupportedError for a causal mask of a model type that is not covered; what `visible_keys` raises.
+    """
+    name = config.model_type
+    if COMPOSITES.get(name, name) not in MODEL_TYPES and _both_ways(mask_function, config):
+        mask: Tensor | None = sdpa_mask(config=config, mask_function=mask_function, **asked)
+        return mask
+    check_attention(config)
+    return visible_keys(config=config, mask_function=mask_function, **asked)
+
+
+def _both_ways(mask_function: Callable[..., Any], config: Any) -> bool:
+    return mask_function is bidirectional_mask_function or not getattr(config, "is_causal", True)
+
+
 def visible_keys(
     batch_size: int,
     q_length: int,
@@ -74,7 +117,7 @@ def visible_keys(
     config: Any = None,
     **_: Any,
 ) -> VisibleKeys:
-    """Make the mask that transformers asks for, without making it; registered as the mask of "headfold".
+    """Make the mask that a text model asks for, without making it.
 
     The keys that a row sees must be those from some first one to its own: causal, sliding and packed masks are so. The
     first is found by bisection, mask_function being asked for [b, sq] pairs of a row and a key at a time.
@@ -85,8 +128,7 @@ def visible_keys(
 
     Raises: UnsupportedError for masks that were composed by the caller, or that are not causal.
     """
-    bidirectional = mask_function is bidirectional_mask_function
-    if use_vmap or bidirectional or not getattr(config, "is_causal", True):
+    if use_vmap or _both_ways(mask_function, config):
         found = "a mask function of the caller's" if use_vmap else "a mask of both directions"
         raise UnsupportedError(
             f'attn_implementation="{NAME}" needs rows that see keys up to their own, got {found}. Give a bool mask '
