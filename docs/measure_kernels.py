@@ -2,8 +2,9 @@
 
     python docs/measure_kernels.py > docs/results/kernels_h100.jsonl
 
-Every row has the median of seven runs and their range in milliseconds, and the peak of what the call allocates. The
-first row is the device's own: its rate at an 8192³ bfloat16 product.
+Every row has the median of seven runs and their range in milliseconds, and the peak of what the call allocates. A run
+is five calls in a row, and what one of them took: a single call would count the time that the host takes to launch it,
+which a stream of work hides. The first row is the device's own: its rate at an 8192³ bfloat16 product.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from torch import Tensor
 
 import headfold
 
-RUNS = 7
+RUNS, CALLS = 7, 5
 
 
 def milliseconds(run: Callable[[], Any]) -> list[float]:
@@ -32,10 +33,11 @@ def milliseconds(run: Callable[[], Any]) -> list[float]:
         first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         torch.cuda.synchronize()
         first.record()
-        run()
+        for _ in range(CALLS):
+            run()
         last.record()
         torch.cuda.synchronize()
-        taken.append(first.elapsed_time(last))
+        taken.append(first.elapsed_time(last) / CALLS)
     return sorted(taken)
 
 
@@ -132,13 +134,21 @@ def main() -> None:
             return headfold.sparse_attention(query, key, value, indices, softmax_scale=scale, causal=True)
 
         trained("sparse_attention", f"s={s} topk={topk} np={np} np_k={np_k} hn={hn}", attend, leaves)
-    query, key = normal(4096, 1, 128, 576), normal(4096, 1, 1, 576)
+    query, key = (normal(4096, 1, np, 576).requires_grad_() for np in (128, 1))
     indices = torch.rand(1, 4096, 4096, device="cuda").tril_().topk(2048, -1).indices.int()
     call = {"softmax_scale": 576**-0.5, "v_dim": 512, "causal": True}
-    measured(
-        "sparse_attention, forward",
+    trained(
+        "sparse_attention",
         "s=4096 topk=2048 np=128 np_k=1 hn=576 v_dim=512",
         lambda: headfold.sparse_attention(query, key, None, indices, **call),
+        [query, key],
+    )
+    leaves = indexer(1, 4096, 4096, 32, 128)
+    trained(
+        "selected_scores",
+        "s=4096 topk=2048 h=32 d=128",
+        lambda: headfold.selected_scores(*leaves, indices, causal=True),
+        leaves,
     )
 
 
