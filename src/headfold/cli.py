@@ -32,6 +32,7 @@ from headfold.lanes.config_plan import config_plan
 from headfold.lanes.doctor import doctor as run_doctor
 from headfold.lanes.model_plan import megatron_plan
 from headfold.lanes.parity import parity as run_parity
+from headfold.lanes.paths import least_workspace
 from headfold.lanes.plan import plan as run_plan
 from headfold.lanes.problem import Problem, from_file
 from headfold.lanes.record import FAIL, PASS, SKIP, Lane
@@ -92,21 +93,31 @@ def plan(
     memory: Annotated[
         float | None, typer.Option(min=0, help="With a whole model: GiB of a device; plans the longest context.")
     ] = None,
+    backend: Annotated[
+        str | None, typer.Option(help="Whose bytes headfold's rows have: eager (when not given), or triton's kernels.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Bytes and FLOPs of a geometry, per path, against device memory; or a whole model's bill. Runs nothing."""
     room = None if memory is None else int(memory * (1 << 30))
     if megatron is not None:
         _exclude(
-            "--megatron", preset=preset, shape=shape, model=model, dtype=dtype, causal="causal" if causal else None
+            "--megatron",
+            preset=preset,
+            shape=shape,
+            model=model,
+            dtype=dtype,
+            backend=backend,
+            causal="causal" if causal else None,
         )
         _finish([megatron_plan(megatron, tokens=tokens, b=batch, memory=room)], as_json)
     if model is not None:
-        _exclude("--model", preset=preset, shape=shape, causal="causal" if causal else None)
+        _exclude("--model", preset=preset, shape=shape, backend=backend, causal="causal" if causal else None)
         _finish([config_plan(model, tokens=tokens or 4096, b=batch or 1, dtype=dtype, memory=room)], as_json)
     if memory is not None:
         raise ValueError(f"--memory: needs --megatron or --model, got {memory:g} without one.")
-    _finish([run_plan(_problem(preset, shape, None, tokens, batch, dtype, causal).geometry, causal=causal)], as_json)
+    geometry = _problem(preset, shape, None, tokens, batch, dtype, causal).geometry
+    _finish([run_plan(geometry, causal=causal, backend=backend or "eager")], as_json)
 
 
 @app.command()
@@ -367,7 +378,7 @@ def _exclude(option: str, **others: object) -> None:
 
 def _enough(workspace: int | None, problem: Problem, device: torch.device) -> None:
     """Refuse a workspace that some op on this problem does not fit in, before anything runs."""
-    least = problem.geometry.least_workspace(accelerator=device.type != "cpu")
+    least = least_workspace(problem.geometry, device)
     if workspace is not None and workspace < least:
         raise ValueError(f"--workspace: needs at least {least} bytes for this shape, got {workspace}.")
 
