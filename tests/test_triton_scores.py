@@ -250,8 +250,8 @@ def test_rows_shared_out_over_several_sums_are_the_same_gradient() -> None:
 @pytest.mark.parametrize("visible", ["causal", "per batch", "bias"])
 def test_a_slab_of_rows_is_its_part_of_the_call(visible: str, activation: str | None) -> None:
     case = Case(21, 41, b=2, h=3, d=16, visible=visible, activation=activation, scale=0.3)
-    q, weights, k = case.inputs()
-    call = score_call("test", q, weights, k, **{**DEFAULTS, **case.call()})
+    inputs: Any = case.inputs()
+    call = score_call("test", *inputs, **{**DEFAULTS, **case.call()})
     g = case.incoming().float()
     arguments: tuple[Any, ...] = (*call.inputs, *call.options)
     whole = triton.index_scores(*arguments)
@@ -300,7 +300,8 @@ def test_offsets_past_two_to_the_31_elements(activation: str | None) -> None:
 
 
 def op_arguments(case: Case, *, grad: bool) -> tuple[Any, ...]:
-    call = score_call("test", *case.inputs(), **{**DEFAULTS, **case.call()})
+    given: Any = case.inputs()
+    call = score_call("test", *given, **{**DEFAULTS, **case.call()})
     inputs = [None if x is None else x.detach().requires_grad_(grad) for x in call.inputs]
     return (*inputs, *call.options, "triton")
 
@@ -355,8 +356,6 @@ def test_at_the_published_width_the_smallest_workspace_is_at_most_16_mib() -> No
 
 
 def test_auto_on_a_cpu_stays_eager() -> None:
-    q, weights, k = Case(5, 6, h=2, d=16).inputs()
-    assert q is not None
-    assert k is not None
+    q, weights, k = (x.detach().cpu() for x in leaves(Case(5, 6, h=2, d=16)))
     assert torch.equal(index_scores(q, weights, k), index_scores(q, weights, k, impl="eager"))
     assert eager.index_scores is not triton.index_scores
