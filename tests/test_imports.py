@@ -27,6 +27,8 @@ FLOORS = [
     ["reuse", "agreement"],
     ["integrations"],
     ["lanes"],
+    ["shell"],
+    ["gpu_commands"],
     ["cli"],
 ]
 

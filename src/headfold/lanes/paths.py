@@ -138,9 +138,11 @@ def scoring(
     *,
     impl: str = "auto",
     with_loop: bool = True,
+    with_materialized: bool = True,
 ) -> list[IndexerPath]:
     """Every way to score; headfold at a workspace, or at both the default and 16 MiB (the smallest, if larger)."""
-    others = [materialized(g, device), *([loop(g, device)] if with_loop else [])]
+    others = [materialized(g, device)] if with_materialized else []
+    others += [loop(g, device)] if with_loop else []
     return others + at_workspaces(headfold, PATHS[2], g, device, workspace, impl)
 
 

@@ -42,6 +42,7 @@ def residency(
     impl: str = "auto",
     process: bool = True,
     with_loop: bool = True,
+    with_materialized: bool = True,
     track: Track[Any] = no_track,
 ) -> Lane:
     """Measure every way to score that fits, forward and through backward, and hold it to the plan.
@@ -53,10 +54,12 @@ def residency(
         impl: headfold's.
         process: whether each CPU row runs in a fresh process, and that process's own peak is read too.
         with_loop: whether the per-head loop runs too.
+        with_materialized: whether the materialised path runs too.
         track: wraps the list of paths, for a progress bar.
     """
     lane = Lane("residency", "Do the measured peaks equal the planned ones?", COLUMNS)
-    paths = scoring(problem.geometry, device, workspace, impl=impl, with_loop=with_loop)
+    others = {"with_loop": with_loop, "with_materialized": with_materialized}
+    paths = scoring(problem.geometry, device, workspace, impl=impl, **others)
     return _fill(lane, problem, paths, device, process=process, track=track)
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from headfold.geometry import IndexerGeometry
 from headfold.keyrange import KeyRange
 from headfold.lanes.budget import score_budget, spend_all
-from headfold.lanes.parity import gradcheck_cases, gradcheck_row
+from headfold.lanes.parity import checked_width, gradcheck_cases, gradcheck_row
 from headfold.lanes.paths import least_workspace
 from headfold.lanes.problem import Problem
 from headfold.lanes.record import FAIL, PASS, Column, Lane, Row, Track, no_track, show_bytes
@@ -187,4 +187,4 @@ def _gradcheck(name: str, call: dict[str, Any], device: torch.device, impl: str)
     def scores(q: Tensor, weights: Tensor, k: Tensor) -> Tensor:
         return selected_scores(q, weights, k, indices, impl=impl, **call)
 
-    return gradcheck_row(f"selected scores, gradcheck, {name}", scores, device)
+    return gradcheck_row(f"selected scores, gradcheck, {name}", scores, device, checked_width(impl))
