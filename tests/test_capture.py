@@ -165,7 +165,7 @@ def test_a_failed_capture_says_what_failed_first(errors: list[str], said: str, m
             if errors[1:]:
                 raise RuntimeError(errors[1])
 
-    monkeypatch.setattr(lane, "_replayed", failing)
+    monkeypatch.setattr(lane, "replayed", failing)
     assert lane._graph_here(UPSTREAM[0].name, "cuda") == said
 
 

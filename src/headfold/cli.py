@@ -313,6 +313,7 @@ def doctor(
 
 
 app.command()(gpu_commands.gpu)
+app.command()(gpu_commands.tune)
 
 
 def _geometry(

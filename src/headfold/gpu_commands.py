@@ -5,9 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated
 
+import torch
 import typer
 
 from headfold.lanes import gpu as lane
+from headfold.lanes import tuning
 from headfold.shell import Device, Json, device_of, err, finish, make_folder, track_of
 
 
@@ -20,11 +22,29 @@ def gpu(
     as_json: Json = False,
 ) -> None:
     """Prove one GPU: parity, memory, CUDA graphs, repeats and far offsets of every op on both backends (minutes)."""
-    where = device_of(device, None)
-    if where.type != "cuda":
-        raise ValueError(f"--device: needs cuda or cuda:N, got {device!r}. headfold prove is for a CPU.")
+    where = _gpu(device)
     make_folder(folder)
     lanes = lane.gpu(where, workers=workers, track=track_of(as_json))
     lane.write(folder / "gpu.jsonl", lanes, lane.environment(where))
     err.print(f"report: {folder / 'gpu.jsonl'}", markup=False, highlight=False, soft_wrap=True)
     finish(lanes, as_json)
+
+
+def tune(
+    kernel: Annotated[str, typer.Option(help=f"One of {', '.join(tuning.KERNELS)}.")],
+    dtype: Annotated[str, typer.Option(help="float16, bfloat16, float32 or float64.")] = "bfloat16",
+    heads: Annotated[int, typer.Option(min=1, help="Heads of the indexer, or of the attention.")] = 32,
+    dim: Annotated[int, typer.Option(min=1, help="Width of a head.")] = 128,
+    device: Device = "cuda",
+    as_json: Json = False,
+) -> None:
+    """Search the tiles of one kernel on the GPU at hand, and print the row that the table of tiles should have."""
+    where = _gpu(device)
+    finish([tuning.tune(kernel, where, dtype=dtype, heads=heads, dim=dim, track=track_of(as_json))], as_json)
+
+
+def _gpu(name: str) -> torch.device:
+    device = device_of(name, None)
+    if device.type != "cuda":
+        raise ValueError(f"--device: needs cuda or cuda:N, got {name!r}. headfold prove is for a CPU.")
+    return device
