@@ -48,7 +48,7 @@ SHAPES: dict[str, list[IndexerGeometry]] = {
     ],
     SELECTING[1]: [PLAIN, PLAIN.with_(b=1, sq=1, sk=300, topk=70)],
     SELECTED: [PLAIN, PLAIN.with_(b=1, sk=900, topk=130)],
-    LOSSES[1]: [PLAIN, PLAIN.with_(b=1, sk=1100, np=4)],
+    LOSSES[1]: [PLAIN, PLAIN.with_(b=1, sq=1, sk=1100, np=4)],
     ATTENDING[1]: [
         PLAIN,
         PLAIN.with_(np=4, np_k=2, hn=24, v_dim=40),

@@ -249,7 +249,8 @@ def _taught(_: Any, x: Inputs) -> Callable[[], Any]:
     return lambda: fill_mass(mass, sums, x.query, x.key, None, None, None, None, 1, keys, width**-0.5)
 
 
-SCATTER = "what settles the picks and adds up the gradients of their keys"
+SETTLING = "what settles the picks"
+SCATTER = f"{SETTLING} and adds up the gradients of their keys"
 KERNELS = {
     "scores": Kernel((64, 128, 256), (32, 64, 128), _scored(None)),
     "query_gradients": Kernel((32, 64, 128), (32, 64, 128), _scored((True, True, False))),
@@ -257,10 +258,8 @@ KERNELS = {
     "selected_scores": Kernel((16, 32, 64), (32, 64, 128), _selected(None), of_heads=True),
     "selected_rows": Kernel((16, 32, 64), (32, 64, 128), _selected((True, True, False)), of_heads=True),
     "selected_keys": Kernel((16, 32, 64), (32, 64, 128), _selected((False, False, True)), True, SCATTER),
-    "attention": Kernel((16, 32, 64), (32, 64, 128), _attended(None), True, "what settles the picks"),
-    "attention_rows": Kernel(
-        (16, 32, 64), (32, 64), _attended((True, False, False, False)), True, "what settles the picks"
-    ),
+    "attention": Kernel((16, 32, 64), (32, 64, 128), _attended(None), True, SETTLING),
+    "attention_rows": Kernel((16, 32, 64), (32, 64), _attended((True, False, False, False)), True, SETTLING),
     "attention_keys": Kernel((16, 32, 64), (16, 32, 64), _attended((False, True, True, False)), True, SCATTER),
     "teacher sums": Kernel((64, 128), (32, 64, 128), _taught, beside="teacher mass"),
     "teacher mass": Kernel((64, 128), (32, 64, 128), _taught, beside="teacher sums"),
