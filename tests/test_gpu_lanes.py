@@ -205,6 +205,7 @@ def test_a_machine_without_cuda_is_told_in_one_sentence(
     from headfold import cli
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(gpu, "gpu", lambda *_, **__: pytest.fail("started"))
     for arguments, said in ((["gpu"], "no CUDA or ROCm device"), (["gpu", "--device", "cpu"], "needs cuda or cuda:N")):
         monkeypatch.setattr(sys, "argv", ["headfold", *arguments])
         with pytest.raises(SystemExit) as left:

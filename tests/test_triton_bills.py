@@ -46,9 +46,9 @@ SHAPES: dict[str, list[IndexerGeometry]] = {
         PLAIN.with_(b=1, heads=70),  # dk takes several launches
         PLAIN.with_(b=1, heads=40, dim=144),
     ],
-    SELECTING[1]: [PLAIN, PLAIN.with_(b=1, sq=1, sk=300, topk=70)],
+    SELECTING[1]: [PLAIN.with_(relu=False), PLAIN.with_(b=1, sq=1, sk=300, topk=70)],
     SELECTED: [PLAIN, PLAIN.with_(b=1, sk=900, topk=130)],
-    LOSSES[1]: [PLAIN, PLAIN.with_(b=1, sq=1, sk=1100, np=4)],
+    LOSSES[1]: [PLAIN, PLAIN.with_(b=1, sq=1, sk=1100, np=4), PLAIN.with_(relu=False)],
     ATTENDING[1]: [
         PLAIN,
         PLAIN.with_(np=4, np_k=2, hn=24, v_dim=40),

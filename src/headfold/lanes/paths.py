@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -114,6 +115,11 @@ def backend_of(family: str, g: IndexerGeometry, device: torch.device, impl: str 
     return backends.automatic(op, device, getattr(torch, g.dtype), *widths(g))[0]
 
 
+def activation_of(g: IndexerGeometry) -> str | None:
+    """Return what a call of a geometry passes as its activation."""
+    return "relu" if g.relu else None
+
+
 def kernels_take(family: str, g: IndexerGeometry) -> bool:
     """Whether the kernels of one of our families take the widths of a geometry, wherever they run."""
     op, widths = OPS[family]
@@ -177,7 +183,8 @@ def headfold(
     """Our scores, at a workspace."""
 
     def forward(q: Tensor, weights: Tensor, k: Tensor, causal: bool, scale: float) -> Tensor:
-        return index_scores(q, weights, k, causal=causal, scale=scale, impl=impl, workspace=workspace)
+        call: dict[str, Any] = {"causal": causal, "scale": scale, "activation": activation_of(g)}
+        return index_scores(q, weights, k, impl=impl, workspace=workspace, **call)
 
     backend = backend_of(PATHS[2], g, device, impl)
     return IndexerPath("headfold", "headfold", forward, partial(headfold, impl=impl), workspace, backend)
@@ -187,7 +194,8 @@ def materialized(g: IndexerGeometry, device: torch.device, _: int | None = None)
     """The upstream-style einsum over all heads."""
 
     def forward(q: Tensor, weights: Tensor, k: Tensor, causal: bool, scale: float) -> Tensor:
-        return index_scores(q, weights, k, causal=causal, scale=scale, impl="materialized")
+        call: dict[str, Any] = {"causal": causal, "scale": scale, "activation": activation_of(g)}
+        return index_scores(q, weights, k, impl="materialized", **call)
 
     return IndexerPath("materialized", "materialized", forward, materialized)
 
@@ -201,7 +209,8 @@ def materialized_topk(g: IndexerGeometry, device: torch.device, _: int | None = 
     """Upstream's selection: torch.topk of the whole score matrix, whose ties fall as they may."""
 
     def forward(q: Tensor, weights: Tensor, k: Tensor, causal: bool, scale: float) -> Tensor:
-        scores = index_scores(q, weights, k, causal=causal, scale=scale, impl="materialized")
+        call: dict[str, Any] = {"causal": causal, "scale": scale, "activation": activation_of(g)}
+        scores = index_scores(q, weights, k, impl="materialized", **call)
         return torch.topk(scores, min(g.topk, scores.shape[-1])).indices
 
     return IndexerPath(SELECTING[0], SELECTING[0], forward, materialized_topk, trains=False, kept=True)
@@ -213,7 +222,8 @@ def headfold_topk(
     """Our selection, at a workspace."""
 
     def forward(q: Tensor, weights: Tensor, k: Tensor, causal: bool, scale: float) -> Tensor:
-        return index_topk(q, weights, k, g.topk, causal=causal, scale=scale, impl=impl, workspace=workspace).indices
+        call: dict[str, Any] = {"causal": causal, "scale": scale, "activation": activation_of(g)}
+        return index_topk(q, weights, k, g.topk, impl=impl, workspace=workspace, **call).indices
 
     make, backend = partial(headfold_topk, impl=impl), backend_of(SELECTING[1], g, device, impl)
     return IndexerPath(SELECTING[1], SELECTING[1], forward, make, workspace, backend, trains=False, kept=True)
@@ -231,7 +241,8 @@ def headfold_selected(
     indices = spread_indices(g, device) if indices is None else indices
 
     def forward(q: Tensor, weights: Tensor, k: Tensor, causal: bool, scale: float) -> Tensor:
-        return selected_scores(q, weights, k, indices, causal=causal, scale=scale, impl=impl, workspace=workspace)
+        call: dict[str, Any] = {"causal": causal, "scale": scale, "activation": activation_of(g)}
+        return selected_scores(q, weights, k, indices, impl=impl, workspace=workspace, **call)
 
     make, backend = partial(headfold_selected, impl=impl), backend_of(SELECTED, g, device, impl)
     return IndexerPath(SELECTED, SELECTED, forward, make, workspace, backend, kept=True)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from headfold.attention import sparse_attention
 from headfold.geometry import ATTENDING, LOSSES, IndexerGeometry
-from headfold.lanes.paths import IndexerPath, Make, at_workspaces, backend_of, spread_indices
+from headfold.lanes.paths import IndexerPath, Make, activation_of, at_workspaces, backend_of, spread_indices
 from headfold.lanes.problem import Problem, normal
 from headfold.loss import indexer_loss
 from headfold.presets import SHAPES
@@ -121,7 +121,7 @@ def _loss(g: IndexerGeometry, device: torch.device, family: str, impl: str, work
     query, key, _ = attention_tensors(g, device)
 
     def forward(q: Tensor, weights: Tensor, k: Tensor, causal: bool, scale: float) -> Tensor:
-        rest = {"causal": causal, "scale": scale, "impl": impl, "workspace": workspace}
+        rest = {"causal": causal, "scale": scale, "activation": activation_of(g), "impl": impl, "workspace": workspace}
         return indexer_loss(q, weights, k, query, key, softmax_scale=g.hn**-0.5, **rest).loss  # type: ignore[arg-type]
 
     return LossPath(family, family, forward, *_made(family, g, device, impl, workspace))
