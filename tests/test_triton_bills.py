@@ -81,6 +81,8 @@ def quick_collections() -> Iterator[None]:
 def measured(problem: Problem, path: IndexerPath) -> dict[str, tuple[int, int]]:
     """Return planned and measured bytes of each part of a bill."""
     bill = path.bill(problem, DEVICE)
+    if DEVICE.type == "cuda":  # a library's workspace is allocated at its first call, for good
+        Call(problem, path, TRAINING if path.trains else FORWARD, DEVICE).run()
     with launches_leave_nothing():
         forward = Call(problem, path, FORWARD, DEVICE).follow()
         parts = {"forward": (bill.forward, forward.peak)}
