@@ -1,4 +1,5 @@
 # make prove: environment, install, the main job, a report.   make test: environment, install, ruff, mypy, pytest.
+# make gpu: environment, install, and what only a GPU can show, in minutes.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -6,10 +7,13 @@ MEGATRON := $(shell sed -n 's/^megatron-core/&/p' constraints.txt)
 EARLIER := 0.17.1 0.18.2
 BARE := --quiet --no-deps --ignore-requires-python --python-version 3.12 --only-binary=:all: --upgrade
 
-.PHONY: prove test test-earlier targets clean
+.PHONY: prove gpu test test-earlier targets clean
 
 prove: $(VENV)/prove.done
 	$(BIN)/headfold prove --report report
+
+gpu: $(VENV)/prove.done
+	$(BIN)/headfold gpu --report report
 
 test: $(VENV)/test.done
 	$(BIN)/ruff check .

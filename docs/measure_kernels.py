@@ -2,9 +2,10 @@
 
     python docs/measure_kernels.py > docs/results/kernels_h100.jsonl
 
-Every row has the median of seven runs and their range in milliseconds, and the peak of what the call allocates. A run
-is five calls in a row, and what one of them took: a single call would count the time that the host takes to launch it,
-which a stream of work hides. The first row is the device's own: its rate at an 8192³ bfloat16 product.
+Every row has the median of seven runs and their range in milliseconds, and the peak of what the call allocates; one
+with a rate says how many products it counts. A run is five calls in a row, and what one of them took: a single call
+would count the time that the host takes to launch it, which a stream of work hides. The first row is the device's own:
+its rate at an 8192³ bfloat16 product.
 """
 
 from __future__ import annotations
@@ -41,8 +42,8 @@ def milliseconds(run: Callable[[], Any]) -> list[float]:
     return sorted(taken)
 
 
-def measured(call: str, shape: str, run: Callable[[], Any], flops: float = 0.0) -> None:
-    """Write one row."""
+def measured(call: str, shape: str, run: Callable[[], Any], flops: float = 0.0, products: int = 1) -> None:
+    """Write one row.   flops: of one product; products: of the algorithm, whatever the kernels run."""
     row: dict[str, Any] = {"call": call, "shape": shape}
     try:
         taken = milliseconds(run)
@@ -54,7 +55,7 @@ def measured(call: str, shape: str, run: Callable[[], Any], flops: float = 0.0) 
         row |= {"ms": round(median, 3), "fastest": round(taken[0], 3), "slowest": round(taken[-1], 3)}
         row["peak_bytes"] = torch.cuda.max_memory_allocated() - before
         if flops:
-            row["tflops"] = round(flops / median / 1e9, 1)
+            row |= {"tflops": round(products * flops / median / 1e9, 1), "products": products}
     except torch.OutOfMemoryError as error:
         row["out_of_memory"] = str(error).split(". ")[0]
     sys.stdout.write(json.dumps(row) + "\n")
@@ -80,7 +81,7 @@ def trained(call: str, shape: str, forward: Callable[[], Tensor], leaves: list[T
     except torch.OutOfMemoryError:
         return
     g = torch.randn_like(out)
-    measured(f"{call}, backward", shape, lambda: torch.autograd.grad(out, leaves, g, retain_graph=True), 3 * flops)
+    measured(f"{call}, backward", shape, lambda: torch.autograd.grad(out, leaves, g, retain_graph=True), flops, 3)
 
 
 def long_context() -> None:

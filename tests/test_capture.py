@@ -142,7 +142,7 @@ def test_a_replay_is_compared_with_plain_calls_on_other_data(
         monkeypatch.setattr(torch.cuda, name, stream)
     monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: graph)
     watched = Pattern(pattern.name, graph.watch, pattern.body, pattern.inputs)
-    assert lane._replayed(watched, CPU) == said
+    assert lane.replayed(watched.public, watched.inputs, CPU) == said
 
 
 REFUSED_BY_CUDA = "CUDA error: operation not permitted when stream is capturing"
@@ -165,7 +165,7 @@ def test_a_failed_capture_says_what_failed_first(errors: list[str], said: str, m
             if errors[1:]:
                 raise RuntimeError(errors[1])
 
-    monkeypatch.setattr(lane, "_replayed", failing)
+    monkeypatch.setattr(lane, "replayed", failing)
     assert lane._graph_here(UPSTREAM[0].name, "cuda") == said
 
 

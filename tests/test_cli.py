@@ -28,7 +28,7 @@ from headfold.lanes.residency import Measured
 from headfold.presets import SHAPES
 
 TINY = ["--shape", "b=1,sq=32,h=2,d=16"]
-LANES = ["plan", "parity", "residency", "speed", "capture", "prove", "agree", "doctor"]
+LANES = ["plan", "parity", "residency", "speed", "capture", "prove", "gpu", "agree", "doctor", "tune"]
 CPU = torch.device("cpu")
 
 
@@ -104,6 +104,7 @@ def assert_refused(done: Done, *said: str) -> None:
     [
         (["plan", "--preset", "glm-5"], ["plan"]),
         (["plan", *TINY, "--causal", "--dtype", "bfloat16"], ["plan"]),
+        (["plan", *TINY, "--backend", "triton"], ["plan"]),
         (["parity", *TINY], ["parity"]),
         (["residency", *TINY, "--no-process"], ["residency"]),
         (["speed", *TINY, "--rounds", "1"], ["speed"]),
@@ -190,6 +191,8 @@ def test_a_process_peak_above_its_bound_fails(run: Run, monkeypatch: pytest.Monk
         (["plan", "--preset", "glm-5", *TINY], ["--preset: excludes --shape", "sq=32"]),
         (["plan", *TINY, "--tokens", "64"], ["--tokens", "--preset", "64"]),
         (["plan", *TINY, "--dtype", "int8"], ["dtype must be one of", "'int8'"]),
+        (["plan", *TINY, "--backend", "cuda"], ["plan: --backend must be one of 'eager', 'triton'", "'cuda'"]),
+        (["plan", "--model", "a.json", "--backend", "triton"], ["--model: excludes --backend", "triton"]),
         (["plan", *TINY, "--memory", "4"], ["--memory: needs --megatron", "got 4"]),
         (["plan", *TINY, "--megatron", "a.yaml"], ["--megatron: excludes --shape"]),
         (["plan", "--megatron", "absent.yaml"], ["--megatron: needs a file of arguments", "absent.yaml"]),

@@ -15,7 +15,8 @@ ROOT = Path(headfold.__file__).parent
 FLOORS = [
     ["tiles", "bills", "flops", "score_tiles"],
     ["layout", "keyrange", "loss_tiles", "attention_tiles", "dense_bills", "scatter_tiles", "triton_tiles"],
-    ["geometry", "loss_slabs"],
+    ["loss_slabs"],
+    ["geometry"],
     ["contract", "presets", "parallel"],
     ["attention_contract"],
     ["model_plan", "megatron_split"],
@@ -26,6 +27,8 @@ FLOORS = [
     ["reuse", "agreement"],
     ["integrations"],
     ["lanes"],
+    ["shell"],
+    ["gpu_commands"],
     ["cli"],
 ]
 

@@ -17,7 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import headfold as package
 from headfold import index_scores
 from headfold.flops import visible_pairs
-from headfold.geometry import ATTENDING, ITEMSIZE, LOSSES, PATHS, IndexerGeometry
+from headfold.geometry import ATTENDING, BACKENDS, ITEMSIZE, LOSSES, OURS, PATHS, IndexerGeometry
 from headfold.lanes import paths, training_paths
 from headfold.lanes.measure import allocator_peak
 from headfold.lanes.plan import plan
@@ -176,7 +176,9 @@ print(find_preset("deepseek-v3.2").geometry(tokens=4096).bill("headfold").held)
     assert (done.returncode, done.stdout.strip()) == (0, "0"), done.stderr
 
 
-@pytest.mark.parametrize("name", ["geometry", "bills", "tiles", "presets"])
+@pytest.mark.parametrize(
+    "name", ["geometry", "bills", "tiles", "presets", "score_tiles", "scatter_tiles", "triton_tiles", "loss_slabs"]
+)
 def test_the_planner_imports_no_torch(name: str) -> None:
     tree = ast.parse((Path(package.__file__).parent / f"{name}.py").read_text(encoding="utf-8"))
     imported = [node.module or "" for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)]
@@ -301,3 +303,38 @@ def test_the_plan_says_where_a_training_step_fits() -> None:
         "per-head loop": "RTX 4090 24 GB and larger",
         "headfold": "RTX 4090 24 GB and larger",
     }
+
+
+def test_the_plan_says_whose_bytes_each_of_our_rows_has() -> None:
+    g = SHAPES["train"].with_(dtype="bfloat16")
+    rows = {backend: {row["path"]: row for row in plan(g, backend=backend).rows} for backend in BACKENDS}
+    for backend, found in rows.items():
+        assert {path: row["backend"] for path, row in found.items()} == {
+            path: backend if path in OURS else "" for path in found
+        }
+    for path in OURS:
+        planned = g.bill(path, accelerator=True, backend="triton")
+        row = rows["triton"][path]
+        assert (row["forward"], row["held"], row["training"]) == (planned.forward, planned.held, planned.training)
+        assert row["forward"] != rows["eager"][path]["forward"]
+
+
+def test_a_width_that_kernels_do_not_take_is_billed_as_the_walk_over_tiles() -> None:
+    rows = {row["path"]: row["backend"] for row in plan(SHAPES["train"].with_(dim=8), backend="triton").rows}
+    assert [rows[path] for path in OURS] == ["eager", "eager", "eager", "eager", "triton"]
+
+
+def test_at_the_seed_shape_kernels_take_no_scratch_for_scores() -> None:
+    g = FULL.with_(dtype="bfloat16")
+    scratch = g.scratch("headfold", backend="triton")
+    assert (scratch.forward, scratch.backward, scratch.sums) == (0, 0, 0)
+    assert g.bill("headfold", backend="triton").training == g.scores_bytes + g.gradients_bytes
+    assert g.with_(heads=128).scratch("headfold", backend="triton").sums == 4 * g.k_elements
+
+
+def test_the_smallest_workspace_is_that_of_the_backend() -> None:
+    g = FULL.with_(topk=2048)
+    assert FULL.least_workspace(backend="triton") == 0
+    for backend in BACKENDS:
+        least = g.least_workspace(backend=backend)
+        assert least == max(g.scratch(path, workspace=0, backend=backend).backward for path in OURS[:3]) <= 16 << 20

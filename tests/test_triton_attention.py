@@ -1,9 +1,8 @@
-"""sparse_attention by kernels, under Triton's interpreter where there is no GPU."""
+"""sparse_attention by kernels, on a GPU or under Triton's interpreter on a CPU."""
 
 from __future__ import annotations
 
-import gc
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -19,15 +18,39 @@ from headfold.lanes.measure import allocator_peak
 from headfold.lanes.residency import LEAST_SHARE
 from headfold.lanes.syncfree import no_data_reads
 from headfold.tiles import MIB
-from test_attention import Heads, assert_same, checked, public, results
+from on_device import DEVICE, drawn, launches_leave_nothing, there
+from test_attention import Heads as AnywhereHeads
+from test_attention import assert_same, checked, public, results
 
 triton = pytest.importorskip("triton", reason="Triton is not installed")
 
-CPU = torch.device("cpu")
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 QUICK = [torch.bfloat16, torch.float32]
 NEG_INF, NAN = float("-inf"), float("nan")
 kernels = partial(public, impl="triton")
+
+
+@dataclass(frozen=True)
+class Heads(AnywhereHeads):
+    """A call whose tensors are on the device."""
+
+    __str__ = AnywhereHeads.__str__
+
+    def inputs(self, dtype: torch.dtype = torch.float32, seed: int = 0) -> list[Tensor | None]:
+        moved: list[Tensor | None] = there(super().inputs(dtype, seed))
+        return moved
+
+    def indices(self, seed: int = 0) -> Tensor:
+        return super().indices(seed).to(DEVICE)
+
+    def incoming(self, seed: int = 1) -> Tensor:
+        return super().incoming(seed).to(DEVICE)
+
+    def call(self) -> dict[str, Any]:
+        moved: dict[str, Any] = there(super().call())
+        return moved
+
+
 CASES = [
     Heads(5, 40, 23, heads=4, dim=32, sinks=True, visible="causal"),
     Heads(4, 20, 20, heads=6, key_heads=2, dim=80, v=48, visible="ragged"),
@@ -67,7 +90,7 @@ def test_results_and_gradients_stay_within_the_error_budget(case: Heads, dtype: 
 def test_absorbed_latent_attention_keeps_the_budget(dtype: torch.dtype) -> None:
     query, key, *_ = LATENT.inputs(dtype)
     call = {**LATENT.call(), "v_dim": 512}
-    g = torch.randn(1, 2, 20, 512, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    g = drawn(1, 2, 20, 512, seed=1, dtype=torch.float64)
     of_each = spend_attention([query, key, None, None], g, LATENT.indices(), backend="triton", **call)
     assert {name: s for name, s in of_each.items() if not s.kept} == {}
 
@@ -125,8 +148,8 @@ def test_heads_as_the_long_side_give_the_same() -> None:
 def test_duplicates_count_once_and_minus_one_not_at_all() -> None:
     case = Heads(2, 6, 5, heads=2, dim=16, v=16)
     leaves, g = case.leaves(), case.incoming()
-    once = torch.tensor([[[4, 1, 2, -1, -1], [5, 0, -1, -1, -1]]])
-    again = torch.tensor([[[4, 1, -1, 4, 2], [5, 5, 0, 5, 0]]])
+    once = torch.tensor([[[4, 1, 2, -1, -1], [5, 0, -1, -1, -1]]], device=DEVICE)
+    again = torch.tensor([[[4, 1, -1, 4, 2], [5, 5, 0, 5, 0]]], device=DEVICE)
     ours = [results(kernels(case, leaves, indices), leaves, g) for indices in (once, again)]
     for x, y in zip(*ours, strict=True):
         torch.testing.assert_close(x, y)
@@ -149,14 +172,14 @@ def test_which_of_equal_picks_counts_does_not_change() -> None:
 def test_a_row_without_a_key_is_zeros_and_has_no_gradient(sinks: bool) -> None:
     case = Heads(3, 6, 4, heads=2, dim=16, v=16, sinks=sinks)
     leaves = case.leaves()
-    indices = torch.tensor([[[-1, -1, -1, -1], [3, 4, 5, 3], [0, 1, -1, -1]]])
-    keys = KeyRange(end=torch.tensor([6, 3, 6], dtype=torch.int32))
+    indices = torch.tensor([[[-1, -1, -1, -1], [3, 4, 5, 3], [0, 1, -1, -1]]], device=DEVICE)
+    keys = there(KeyRange(end=torch.tensor([6, 3, 6], dtype=torch.int32)))
     attention = kernels(case, leaves, indices, keys=keys)
     assert attention.out[0, :2].eq(0).all()
     assert attention.out[0, 2].ne(0).all()
-    expected = leaves[3].detach().unsqueeze(1).expand(-1, 2) if sinks else torch.full((2, 2), NEG_INF)
+    expected = leaves[3].detach().unsqueeze(1).expand(-1, 2) if sinks else torch.full((2, 2), NEG_INF, device=DEVICE)
     assert torch.equal(attention.lse[0, :, :2], expected)
-    dq, dk, dv, *rest = torch.autograd.grad(attention.out, leaves, torch.randn(1, 3, 2, 16))
+    dq, dk, dv, *rest = torch.autograd.grad(attention.out, leaves, drawn(1, 3, 2, 16))
     assert dq[0, :2].eq(0).all()
     assert dk[0, 2:].eq(0).all()
     assert dv[0, 2:].eq(0).all()
@@ -166,7 +189,7 @@ def test_a_row_without_a_key_is_zeros_and_has_no_gradient(sinks: bool) -> None:
 def test_a_sink_of_minus_infinity_is_no_sink() -> None:
     case = Heads(3, 6, 3, heads=2, dim=16, v=16)
     leaves, indices = case.leaves(), case.indices()
-    sink = torch.full((2,), NEG_INF, requires_grad=True)
+    sink = torch.full((2,), NEG_INF, device=DEVICE, requires_grad=True)
     with_sink = kernels(replace(case, sinks=True), [*leaves, sink], indices)
     assert all(map(torch.equal, with_sink, kernels(case, leaves, indices)))
     assert torch.autograd.grad(with_sink.out.sum(), sink)[0].eq(0).all()
@@ -179,18 +202,18 @@ def test_nan_in_what_nobody_selected_or_may_see(v: int) -> None:
     with torch.no_grad():
         for x in leaves[1:]:
             x[0, 0] = x[0, 4] = x[0, 5] = NAN
-    indices = torch.tensor([[[1, 2, -1], [3, -1, -1], [4, 1, 2]]])
-    keys = KeyRange(end=torch.tensor([6, 6, 4], dtype=torch.int32))
+    indices = torch.tensor([[[1, 2, -1], [3, -1, -1], [4, 1, 2]]], device=DEVICE)
+    keys = there(KeyRange(end=torch.tensor([6, 6, 4], dtype=torch.int32)))
     attention = kernels(case, leaves, indices, keys=keys)
     assert attention.lse.isfinite().all()
-    assert all(x.isfinite().all() for x in results(attention, leaves, torch.ones(1, 3, 2, case.v_dim)))
+    assert all(x.isfinite().all() for x in results(attention, leaves, torch.ones(1, 3, 2, case.v_dim, device=DEVICE)))
 
 
 @pytest.mark.filterwarnings("ignore:.*invalid value:RuntimeWarning")  # NumPy's, under the interpreter
 @pytest.mark.parametrize("place", [0, 1, 2])
 def test_nan_of_what_is_selected_propagates(place: int) -> None:
     case = Heads(2, 4, 3, heads=2, dim=16, v=16)
-    leaves, indices = case.leaves(), torch.tensor([[[0, 1, 2], [2, 3, -1]]])
+    leaves, indices = case.leaves(), torch.tensor([[[0, 1, 2], [2, 3, -1]]], device=DEVICE)
     with torch.no_grad():
         leaves[place][0, 0, 0, 0] = NAN
     attention = kernels(case, leaves, indices)
@@ -206,7 +229,7 @@ def test_nan_of_what_is_selected_propagates(place: int) -> None:
 def test_layouts_are_the_same_call(layout: str) -> None:
     case = Heads(4, 11, 7, b=1 if layout == "thd" else 2, heads=4, key_heads=2, dim=24, v=16, sinks=True)
     leaves, indices, g = case.leaves(), case.indices(), case.incoming()
-    keys = KeyRange.sliding(4, 11, 9)
+    keys = there(KeyRange.sliding(4, 11, 9))
     expected = results(kernels(case, leaves, indices, keys=keys), leaves, g)
     moved = [x[0] if layout == "thd" else x.transpose(0, 1).contiguous() for x in leaves[:3]]
     out, lse = kernels(case, [*moved, leaves[3]], indices, keys=keys, layout=layout)
@@ -247,7 +270,7 @@ def test_any_gradient_can_be_asked_for_alone(needed: set[int]) -> None:
 @pytest.mark.parametrize("sinks", [False, True])
 def test_zero_length_axes(sizes: tuple[int, int, int], sinks: bool) -> None:
     case = Heads(*sizes, b=2, heads=2, dim=16, v=16, sinks=sinks)
-    leaves, indices, g = case.leaves(), torch.full((2, case.sq, case.topk), -1), case.incoming()
+    leaves, indices, g = case.leaves(), torch.full((2, case.sq, case.topk), -1, device=DEVICE), case.incoming()
     assert_same(
         results(kernels(case, leaves, indices), leaves, g),
         results(public(case, leaves, indices, impl="materialized"), leaves, g),
@@ -270,17 +293,17 @@ def test_planned_bytes_are_measured_bytes(dtype: torch.dtype, v: int) -> None:
     plan = load("triton").attention_tile_of(call.query, call.key, call.value, call.indices, call.v_dim, True)
 
     def run() -> Attention:
-        attention = _attend(call, with_lse=True, backend="triton")
-        gc.collect()  # the interpreter leaves arguments in cycles
-        return attention
+        return _attend(call, with_lse=True, backend="triton")
 
     run()
-    forward = allocator_peak(run, CPU)
+    with launches_leave_nothing():
+        forward = allocator_peak(run, DEVICE)
     sizes = sum(x.nbytes for x in forward.result)
     assert LEAST_SHARE * (sizes + plan.forward_bytes) <= forward.peak <= sizes + plan.forward_bytes
     assert forward.left == sizes, "something besides the results is held for backward"
     g = case.incoming().to(dtype)
-    backward = allocator_peak(lambda: torch.autograd.grad(forward.result.out, leaves, g), CPU)
+    with launches_leave_nothing():
+        backward = allocator_peak(lambda: torch.autograd.grad(forward.result.out, leaves, g), DEVICE)
     cast = 4 * case.sk * (case.dim + case.v) if dtype.itemsize < 4 else 0
     planned = sum(x.nbytes for x in leaves) + cast + plan.backward_bytes
     assert LEAST_SHARE * planned <= backward.peak <= planned

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from headfold import UnsupportedError, backends
+from on_device import DEVICE
 
 CUDA = torch.device("cuda")
 
@@ -54,10 +55,10 @@ def test_auto_without_triton_is_eager(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("op", "x", "widths", "said"),
     [
-        ("other", torch.ones(1, 16), (), "other: has no Triton kernel"),
+        ("other", torch.ones(1, 16, device=DEVICE), (), "other: has no Triton kernel"),
         ("op", torch.ones(1, 16, device="meta"), (), "op: .*needs a CUDA or ROCm tensor .*got one on meta"),
-        ("op", torch.ones(1, 15), (), "op: .*needs widths from 16 to 256, got 15"),
-        ("op", torch.ones(1, 16), (300,), "op: .*got 300"),
+        ("op", torch.ones(1, 15, device=DEVICE), (), "op: .*needs widths from 16 to 256, got 15"),
+        ("op", torch.ones(1, 16, device=DEVICE), (300,), "op: .*got 300"),
     ],
 )
 def test_an_explicit_choice_works_or_says_the_way_out(op: str, x: Any, widths: tuple[int, ...], said: str) -> None:
@@ -73,6 +74,7 @@ import os
 os.environ.pop("TRITON_INTERPRET", None)
 import torch
 from headfold import UnsupportedError, backends
+from on_device import DEVICE
 backends.TRITON_WIDTHS["op"] = (16, 256)
 try:
     backends.choose("op", "triton", torch.ones(1, 16))

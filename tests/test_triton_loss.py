@@ -1,7 +1,5 @@
 from __future__ import annotations
 
-import gc
-from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -9,14 +7,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from cases import Case
-
 pytest.importorskip("triton", reason="the kernels need Triton")
 
 from headfold import IndexerLoss, indexer_loss, loss_slabs
 from headfold.attention_contract import attention_of
 from headfold.backends import load
-from headfold.backends.triton import loss
 from headfold.backends.triton.loss_specimens import KERNELS, WIDEST, specimens
 from headfold.backends.triton.score_specimens import DTYPES
 from headfold.backends.triton.table import TABLE
@@ -25,8 +20,8 @@ from headfold.lanes.measure import allocator_peak
 from headfold.lanes.residency import LEAST_SHARE, SMALL_CHANGE
 from headfold.loss_slabs import LossSlab
 from headfold.tiles import MIB
+from on_device import DEVICE, Case, launches_leave_nothing
 
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 pytestmark = [
     pytest.mark.skipif(
         DEVICE.type == "cpu" and not load("triton").INTERPRETED,
@@ -63,18 +58,7 @@ def attention(case: Case, np: int = 3, np_k: int = 1, hn: int = 16, dtype: torch
 
 
 def leaves(case: Case, dtype: torch.dtype = torch.float64) -> list[Tensor]:
-    return [x.to(DEVICE).requires_grad_() for x in case.inputs(dtype) if x is not None]
-
-
-def call_of(case: Case) -> dict[str, Any]:
-    call = case.call()
-    if "bias" in call:
-        call["bias"] = call["bias"].to(DEVICE)
-    if "keys" in call:
-        keys = call["keys"]
-        start, end = (None if x is None else x.to(DEVICE) for x in (keys.start, keys.end))
-        call["keys"] = type(keys)(start, end, keys.offset, keys.ratio)
-    return call
+    return case.leaves(dtype)
 
 
 def some_rows(case: Case) -> Tensor:
@@ -105,7 +89,7 @@ def truth_of(inputs: list[Tensor], beside: list[Tensor], **call: Any) -> tuple[l
 
 def body(case: Case, *, needs: bool, reduce: Any = None, beside: list[Tensor] | None = None, **options: Any) -> Any:
     """The undecorated body on a call of the public op."""
-    call = {"causal": False, "keys": None, "bias": None, "activation": "relu", "scale": 1.0, **call_of(case)}
+    call = {"causal": False, "keys": None, "bias": None, "activation": "relu", "scale": 1.0, **case.call()}
     checked = score_call("test", *[x.detach() for x in leaves(case)], **call, layout="sbhd", workspace=None)
     query, key = beside or attention(case)
     query, key = attention_of("test", query, key, checked, "sbhd")
@@ -123,7 +107,7 @@ def test_kernels_agree_with_full_tensors_under_autograd(
     visible: str, support: dict[str, Any], activation: str | None, masked: bool, reduction: str
 ) -> None:
     case = Case(18, 37, b=2, h=3, d=16, visible=visible, activation=activation, scale=0.5)
-    call = {**call_of(case), **support, "row_mask": some_rows(case) if masked else None, "reduction": reduction}
+    call = {**case.call(), **support, "row_mask": some_rows(case) if masked else None, "reduction": reduction}
     inputs, beside = leaves(case), attention(case)
     ours, indices = with_gradients(inputs, beside, **call)
     truth, expected = truth_of(inputs, beside, **call)
@@ -138,7 +122,7 @@ def test_kernels_agree_with_full_tensors_under_autograd(
 def test_narrow_dtypes_are_near_the_truth(dtype: torch.dtype) -> None:
     case = Case(18, 37, h=3, d=16, visible="causal", scale=0.5)
     inputs, beside = leaves(case, dtype), attention(case, hn=40, dtype=dtype)
-    call = {**call_of(case), "topk": 9, "sparse": dtype == torch.float32}
+    call = {**case.call(), "topk": 9, "sparse": dtype == torch.float32}
     ours, _ = with_gradients(inputs, beside, **call)
     truth, _ = truth_of(inputs, beside, **call)
     assert [x.dtype for x in ours] == [torch.float32, dtype, dtype, dtype]
@@ -163,7 +147,7 @@ def test_splits_of_the_keys_are_joined() -> None:
     case = Case(3, loss_slabs.SPLIT_KEYS + 70, h=2, d=16, visible="causal")
     inputs, beside = leaves(case), attention(case, np=2)
     beside[1][0] *= 40  # maxima that differ between splits
-    call = call_of(case)
+    call = case.call()
     assert_near(with_gradients(inputs, beside, **call)[0], truth_of(inputs, beside, **call)[0], 1e-11)
 
 
@@ -196,7 +180,7 @@ def test_slabs_of_few_rows_give_what_one_slab_gives(visible: str, monkeypatch: p
 
 def test_hidden_keys_reach_nothing_and_seen_ones_do() -> None:
     case = Case(9, 20, h=2, d=16, visible="bias")
-    call = call_of(case)
+    call = case.call()
     call["bias"][:, :, 7] = float("-inf")
     inputs, beside = leaves(case), attention(case)
     expected, _ = with_gradients(inputs, beside, **call)
@@ -236,21 +220,15 @@ def test_axes_may_be_empty(shape: tuple[int, int]) -> None:
     assert indices.shape == (1, shape[0], 2)
 
 
-def _collected(run: Callable[..., Any], *args: Any, **options: Any) -> Any:
-    gc.collect()
-    return run(*args, **options)
-
-
 @pytest.mark.parametrize("options", [{}, {"topk": 64, "sparse": True}], ids=["dense", "sparse"])
 def test_measured_bytes_are_the_planned_ones(options: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     case = Case(20, 300, h=2, d=16)
     beside = attention(case, np=1)
     monkeypatch.setattr(loss_slabs, "_SLAB_BYTES", 90_000)
-    for name in ("_scores", "_compare"):  # the interpreter holds what a launch was given in cycles
-        monkeypatch.setattr(loss, name, partial(_collected, getattr(loss, name)))
     plan = LossSlab.of(1, 20, 300, 2, 16, 1, 8, options.get("topk"), relu=True)
     assert plan.rows == 16
-    measured = allocator_peak(partial(body, case, needs=True, beside=beside, **options), DEVICE)
+    with launches_leave_nothing():
+        measured = allocator_peak(partial(body, case, needs=True, beside=beside, **options), DEVICE)
     held = sum(x.untyped_storage().nbytes() for x in measured.result if x is not None)
     inputs = 8 * (20 * 2 * 16 + 20 * 2 + 300 * 16)  # made within
     scratch = measured.peak - held - inputs

@@ -8,43 +8,30 @@ import pytest
 import torch
 from torch import Tensor
 
-from cases import CASES, Case
 from headfold import KeyRange, index_scores, ops
 from headfold.contract import score_call
 from headfold.lanes.budget import DEFAULTS, spend_all
 from headfold.lanes.syncfree import no_data_reads
+from on_device import CASES, DEVICE, Case, drawn, there
 
 pytest.importorskip("triton", reason="Triton is not installed")
 from headfold.backends import eager, triton
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 NEG_INF = float("-inf")
 pytestmark = pytest.mark.skipif(
-    DEVICE == "cpu" and not triton.INTERPRETED, reason="needs a GPU, or TRITON_INTERPRET=1 before Triton is imported"
+    DEVICE.type == "cpu" and not triton.INTERPRETED,
+    reason="needs a GPU, or TRITON_INTERPRET=1 before Triton is imported",
 )
 SMALL = [case for case in CASES if case.d >= 16 and case.sk < 300]
 WIDTHS = [17, 64, 80, 96, 128, 192, 256]
 
 
-def there(x: Any) -> Any:
-    """Move a tensor, or the tensors of a range, to the device under test."""
-    if isinstance(x, KeyRange):
-        start, end = (None if bound is None else bound.to(DEVICE) for bound in (x.start, x.end))
-        return KeyRange(start, end, x.offset, x.ratio)
-    return x.to(DEVICE) if isinstance(x, Tensor) else x
-
-
-def call_of(case: Case) -> dict[str, Any]:
-    return {name: there(x) for name, x in case.call().items()}
-
-
 def leaves(case: Case, dtype: torch.dtype = torch.float64) -> list[Tensor]:
-    return [there(x).requires_grad_() for x in case.inputs(dtype) if x is not None]
+    return case.leaves(dtype)
 
 
 def overspent(case: Case, dtype: torch.dtype) -> dict[str, Any]:
-    inputs = [there(x) for x in case.inputs(dtype)]
-    spent = spend_all(inputs, there(case.incoming()), **call_of(case), impl="triton")
+    spent = spend_all(case.inputs(dtype), case.incoming(), **case.call(), impl="triton")
     return {name: s for name, s in spent.items() if not s.kept}
 
 
@@ -93,22 +80,22 @@ def test_long_shapes_stay_within_the_error_budget(case: Case, dtype: torch.dtype
 def test_float64_agrees_with_the_materialised_path(case: Case) -> None:
     q, *_ = inputs = leaves(case)
     weighted = inputs if case.weighted else [q, torch.ones_like(q[..., 0]), inputs[-1]]
-    assert_agree([x.detach().requires_grad_() for x in weighted], there(case.incoming()), **call_of(case))
+    assert_agree([x.detach().requires_grad_() for x in weighted], case.incoming(), **case.call())
 
 
 @pytest.mark.parametrize("d", WIDTHS)
 def test_every_width_is_read_whole_and_alone(d: int) -> None:
     case = Case(5, 70, h=3, d=d, visible="causal")
-    assert_agree(leaves(case), there(case.incoming()), causal=True)
+    assert_agree(leaves(case), case.incoming(), causal=True)
 
 
 @pytest.mark.parametrize("h", [1, 2, 12, 33, 130, 300])
 @pytest.mark.parametrize("activation", ["relu", None])
 def test_any_number_of_heads(h: int, activation: str | None) -> None:
     case = Case(5, 9, b=2, h=h, d=16)
-    bias = there(torch.randn(2, 5, 9, generator=torch.Generator().manual_seed(0)))
+    bias = drawn(2, 5, 9)
     bias[0, 1, 2:] = NEG_INF
-    assert_agree(leaves(case), there(case.incoming()), bias=bias, activation=activation, scale=0.37)
+    assert_agree(leaves(case), case.incoming(), bias=bias, activation=activation, scale=0.37)
 
 
 # All of the Jacobian takes a launch an element: the fast mode looks at it along random directions.
@@ -119,7 +106,7 @@ def test_gradcheck_runs_through_the_kernels(visible: str, activation: str | None
     case = Case(3, 4, h=2, d=16, visible=visible, activation=activation, scale=0.5)
 
     def visible_scores(*x: Tensor) -> Tensor:
-        scores = index_scores(*x, **call_of(case), impl="triton")
+        scores = index_scores(*x, **case.call(), impl="triton")
         return scores[scores.detach().isfinite()]
 
     assert torch.autograd.gradcheck(visible_scores, leaves(case), fast_mode=fast)
@@ -127,10 +114,9 @@ def test_gradcheck_runs_through_the_kernels(visible: str, activation: str | None
 
 @pytest.mark.parametrize("activation", ["relu", None])
 def test_strided_inputs_and_gradients_are_read_as_they_are(activation: str | None) -> None:
-    make = torch.Generator().manual_seed(0)
-    q = torch.randn(6, 2, 3, 48, generator=make, dtype=torch.float64).to(DEVICE)[..., ::3]
-    k = torch.randn(1, 2, 16, generator=make, dtype=torch.float64).to(DEVICE).expand(9, 2, 16)
-    weights = torch.randn(3, 2, 6, generator=make, dtype=torch.float64).to(DEVICE).permute(2, 1, 0)
+    q = drawn(6, 2, 3, 48, seed=0, dtype=torch.float64)[..., ::3]
+    k = drawn(1, 2, 16, seed=1, dtype=torch.float64).expand(9, 2, 16)
+    weights = drawn(3, 2, 6, seed=2, dtype=torch.float64).permute(2, 1, 0)
     inputs = [x.detach().requires_grad_() for x in (q, weights, k)]
     for g in (torch.ones((), device=DEVICE).expand(2, 6, 9), torch.randn(9, 6, 2, device=DEVICE).permute(2, 1, 0)):
         assert_agree(inputs, g, activation=activation)
@@ -195,9 +181,9 @@ def test_nan_and_infinite_keys_show_where_they_are_seen_and_a_bias_hides_them() 
 def test_a_nan_gradient_at_an_invisible_key_is_ignored(visible: str) -> None:
     case = Case(20, 21, b=2, h=3, d=16, visible=visible)
     inputs = leaves(case, torch.float32)
-    scores = index_scores(*inputs, **call_of(case), impl="triton")
+    scores = index_scores(*inputs, **case.call(), impl="triton")
     hidden = scores.detach() == NEG_INF
-    g = there(case.incoming()).float()
+    g = case.incoming().float()
     clean, dirty = (
         torch.autograd.grad(scores, inputs, g.masked_fill(hidden, x), retain_graph=True) for x in (0, float("nan"))
     )
@@ -233,7 +219,7 @@ def test_tiles_that_no_row_of_a_block_sees_are_not_visited(kind: str) -> None:
 def test_any_subset_of_gradients_equals_its_part_of_all_three(needed: set[int], activation: str | None) -> None:
     case = Case(9, 21, h=3, d=16, visible="causal")
     everything = leaves(case, torch.float32)
-    g = there(case.incoming()).float()
+    g = case.incoming().float()
     call: dict[str, Any] = {"causal": True, "activation": activation, "impl": "triton"}
     full = torch.autograd.grad(index_scores(*everything, **call), everything, g)
     some = [x.detach().requires_grad_(i in needed) for i, x in enumerate(everything)]
@@ -247,8 +233,8 @@ def test_any_subset_of_gradients_equals_its_part_of_all_three(needed: set[int], 
 def test_results_are_bitwise_equal_across_runs_and_workspaces(case: Case) -> None:
     def run(workspace: int | None) -> list[Tensor]:
         inputs = leaves(case, torch.bfloat16)
-        scores = index_scores(*inputs, **call_of(case), workspace=workspace, impl="triton")
-        return [scores.detach(), *torch.autograd.grad(scores, inputs, there(case.incoming()).float())]
+        scores = index_scores(*inputs, **case.call(), workspace=workspace, impl="triton")
+        return [scores.detach(), *torch.autograd.grad(scores, inputs, case.incoming().float())]
 
     assert all(map(torch.equal, run(512 << 20), run(None)))
 
@@ -257,16 +243,16 @@ def test_rows_shared_out_over_several_sums_are_the_same_gradient() -> None:
     case = Case(1100, 33, h=8, d=16, visible="causal")
     q, _, k = (x.transpose(0, 1) for x in leaves(case))
     assert triton.tile_of(q, k, True).parts == 2
-    assert_agree(leaves(case), there(case.incoming()), causal=True)
+    assert_agree(leaves(case), case.incoming(), causal=True)
 
 
 @pytest.mark.parametrize("activation", ["relu", None])
 @pytest.mark.parametrize("visible", ["causal", "per batch", "bias"])
 def test_a_slab_of_rows_is_its_part_of_the_call(visible: str, activation: str | None) -> None:
     case = Case(21, 41, b=2, h=3, d=16, visible=visible, activation=activation, scale=0.3)
-    q, weights, k = (there(x) for x in case.inputs())
-    call = score_call("test", q, weights, k, **{**DEFAULTS, **call_of(case)})
-    g = there(case.incoming()).float()
+    inputs: Any = case.inputs()
+    call = score_call("test", *inputs, **{**DEFAULTS, **case.call()})
+    g = case.incoming().float()
     arguments: tuple[Any, ...] = (*call.inputs, *call.options)
     whole = triton.index_scores(*arguments)
     dq, dweights, dk = triton.index_scores_backward(*(g, *arguments, (True, True, True)))
@@ -314,7 +300,8 @@ def test_offsets_past_two_to_the_31_elements(activation: str | None) -> None:
 
 
 def op_arguments(case: Case, *, grad: bool) -> tuple[Any, ...]:
-    call = score_call("test", *(there(x) for x in case.inputs()), **{**DEFAULTS, **call_of(case)})
+    given: Any = case.inputs()
+    call = score_call("test", *given, **{**DEFAULTS, **case.call()})
     inputs = [None if x is None else x.detach().requires_grad_(grad) for x in call.inputs]
     return (*inputs, *call.options, "triton")
 
@@ -323,7 +310,7 @@ def op_arguments(case: Case, *, grad: bool) -> tuple[Any, ...]:
 def test_opcheck(activation: str | None) -> None:
     case = Case(4, 5, b=2, h=3, d=16, visible="ragged", activation=activation)
     torch.library.opcheck(ops.index_scores, op_arguments(case, grad=True))
-    g = there(case.incoming()).float()
+    g = case.incoming().float()
     torch.library.opcheck(ops.index_scores_backward, (g, *op_arguments(case, grad=False), True, True, True))
 
 
@@ -334,16 +321,16 @@ def test_it_compiles_with_fullgraph_and_gives_the_same_bits() -> None:
     scores = index_scores(*inputs, causal=True, impl="triton")
     compiled = torch.compile(index_scores, fullgraph=True, backend="aot_eager")(*inputs, causal=True, impl="triton")
     assert torch.equal(compiled, scores)
-    g = there(case.incoming()).float()
+    g = case.incoming().float()
     expected = torch.autograd.grad(scores, inputs, g)
     assert all(map(torch.equal, torch.autograd.grad(compiled, inputs, g), expected))
 
 
-@pytest.mark.skipif(DEVICE == "cpu", reason="the interpreter itself reads data")
+@pytest.mark.skipif(DEVICE.type == "cpu", reason="the interpreter itself reads data")
 @pytest.mark.parametrize("case", [SMALL[3], SMALL[7], SMALL[-1]], ids=str)
 def test_the_undecorated_bodies_never_read_data(case: Case) -> None:
     *arguments, _ = op_arguments(case, grad=False)
-    g = there(case.incoming()).float()
+    g = case.incoming().float()
     with no_data_reads():
         triton.index_scores(*arguments)
         triton.index_scores_backward(*(g, *arguments, (True, True, True)))
@@ -369,8 +356,6 @@ def test_at_the_published_width_the_smallest_workspace_is_at_most_16_mib() -> No
 
 
 def test_auto_on_a_cpu_stays_eager() -> None:
-    q, weights, k = Case(5, 6, h=2, d=16).inputs()
-    assert q is not None
-    assert k is not None
+    q, weights, k = (x.detach().cpu() for x in leaves(Case(5, 6, h=2, d=16)))
     assert torch.equal(index_scores(q, weights, k), index_scores(q, weights, k, impl="eager"))
     assert eager.index_scores is not triton.index_scores

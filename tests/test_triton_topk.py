@@ -11,18 +11,17 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from cases import Case
 from headfold import IndexerGeometry, KeyRange, index_scores, index_topk, triton_tiles
 from headfold.lanes.measure import allocator_peak
 from headfold.tiles import MIB
 from headfold.triton_tiles import Kept, SlabSelection
+from on_device import DEVICE, Case, launches_leave_nothing, there
 
 pytest.importorskip("triton", reason="Triton is not installed")
 from headfold.backends import triton as kernels
 from headfold.backends.triton import select as selecting
 from headfold.backends.triton.select import Scratch, rounds, select
 
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 NEG_INF, INF, NAN = float("-inf"), float("inf"), float("nan")
 DTYPES = [torch.float32, torch.float64]
 CASES = [
@@ -246,13 +245,14 @@ def test_what_is_selected_does_not_depend_on_the_workspace_or_the_run(
 )
 def test_a_planned_byte_is_an_allocated_byte(dtype: torch.dtype, topk: int, activation: str | None) -> None:
     q, weights, k = (x for x in Case(2, 3000, h=1, d=16).inputs(dtype) if x is not None)
-    keys = KeyRange(end=torch.full((2,), 40, dtype=torch.int32))
+    keys = there(KeyRange(end=torch.full((2,), 40, dtype=torch.int32)))
 
     def run() -> Any:
         return index_topk(q, weights, k, topk, keys=keys, with_scores=True, impl="triton", activation=activation)
 
     run()
-    peak = allocator_peak(run, torch.device("cpu"))
+    with launches_leave_nothing():
+        peak = allocator_peak(run, DEVICE)
     planned = kernels.selection_plan(q.transpose(0, 1), k.transpose(0, 1), activation is not None, topk, 64 * MIB)
     results = sum(x.untyped_storage().nbytes() for x in peak.result)
     geometry = IndexerGeometry(1, 2, 3000, 1, 16, topk, str(dtype).removeprefix("torch."), activation is not None)

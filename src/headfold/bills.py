@@ -8,6 +8,7 @@ soon as heads are few, or keys or channels are wide.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 _SCALAR = 8  # a Python number that autograd keeps as a tensor
 
@@ -23,6 +24,18 @@ class Bill:
     forward: int
     held: int
     training: int
+
+
+class Scratch(NamedTuple):
+    """What a call of ours takes beside its results and gradients, in bytes.
+
+    forward, backward: out of the workspace.   sums: of gradients in the compute dtype, which half-precision ones are
+    cast from.
+    """
+
+    forward: int
+    backward: int
+    sums: int = 0
 
 
 @dataclass(frozen=True)

@@ -11,9 +11,12 @@ from typing import Any
 
 from headfold import bills, dense_bills
 from headfold.attention_tiles import AttentionTile, gathers
-from headfold.bills import Bill
+from headfold.bills import Bill, Scratch
 from headfold.flops import score_flops
+from headfold.loss_slabs import LossSlab
 from headfold.loss_tiles import LossTile
+from headfold.scatter_tiles import WIDEST_GRADIENTS, ScatterTile
+from headfold.score_tiles import ScoreTile
 from headfold.tiles import DEFAULT_WORKSPACE, MIB, GatherTile, Selection, Tile
 from headfold.triton_tiles import SlabSelection
 
@@ -25,6 +28,8 @@ SELECTED = "headfold selected scores"
 # The loss that trains an indexer, and attention over what it selected; each with full tensors and by slabs.
 LOSSES = ("materialized loss", "headfold loss")
 ATTENDING = ("materialized attention", "headfold attention")
+OURS = (PATHS[2], SELECTING[1], SELECTED, LOSSES[1], ATTENDING[1])
+BACKENDS = ("eager", "triton")
 
 
 @dataclass(frozen=True)
@@ -178,12 +183,10 @@ class IndexerGeometry:
         """Bytes of the float32 [sk, d] sums that half-precision dk is cast from, one batch element at a time."""
         return self.sk * self.dim * 4 if self.itemsize < 4 else 0
 
-    def least_workspace(self, *, accelerator: bool = False) -> int:
+    def least_workspace(self, *, accelerator: bool = False, backend: str = "eager") -> int:
         """Return the smallest workspace in which scores and, where topk is given, selections work, with gradients."""
-        if self.topk == 0:
-            return self.backward_scratch
-        selecting = self.selection(0, accelerator=accelerator).scratch_bytes
-        return max(self.backward_scratch, selecting, self.gather_tile(accelerator=accelerator).backward_bytes)
+        paths = OURS[:3] if self.topk else OURS[:1]
+        return max(self.scratch(path, workspace=0, accelerator=accelerator, backend=backend).backward for path in paths)
 
     def gather_tile(self, *, accelerator: bool = False) -> GatherTile:
         """Return the tile of the gathered walk, which scores selected keys."""
@@ -226,19 +229,13 @@ class IndexerGeometry:
         A mask or a scale costs the other paths bytes of its own; headfold's scratch has room for them in any case. Only
         a selection grows with its workspace. What selects is not differentiated: its training peak is its forward.
         accelerator: whether torch's sorts take their scratch from the allocator that is billed, as on CUDA.
-        backend: "eager", or "triton", whose selection is billed as its kernels allocate.
+        backend: one of BACKENDS, of our paths: the walk over PyTorch tiles, or the kernels.
         """
-        if path == "headfold":
-            return self._folded(self.scores_bytes, self.tile)
-        if path == "headfold top-k":
-            eager = self.selection(workspace, accelerator=accelerator).scratch_bytes
-            scratch = self.slab_selection(workspace).scratch_bytes if backend == "triton" else eager
-            peak = self.indices_bytes + scratch
-            return Bill(peak, 0, peak)
-        if path == SELECTED:
-            return self._folded(self.selected_bytes, self.gather_tile(accelerator=accelerator))
+        if path in OURS:
+            scratch = self.scratch(path, workspace=workspace, accelerator=accelerator, backend=backend)
+            return self._our_bill(path, scratch)
         if path in (*LOSSES, *ATTENDING):
-            return self._attention_bill(path, causal=causal, scale=scale, accelerator=accelerator)
+            return self._dense_bill(path, causal=causal, scale=scale)
         if path not in (*PATHS, *SELECTING):
             known = ", ".join((*PATHS, *SELECTING, SELECTED, *LOSSES, *ATTENDING))
             raise ValueError(f"IndexerGeometry.bill: path must be one of {known}, got {path!r}.")
@@ -255,43 +252,114 @@ class IndexerGeometry:
         peak = max(scored.forward, self.scores_bytes + kept)
         return Bill(peak, 0, peak)
 
-    def _folded(self, scores: int, tile: Tile | GatherTile) -> Bill:
-        backward = self.gradients_bytes + self.accumulator_bytes + tile.backward_bytes
-        return Bill(
-            forward=scores + tile.forward_bytes,
-            held=0,
-            training=scores + max(tile.forward_bytes, backward),
-        )
+    def scratch(
+        self, path: str, *, workspace: int = DEFAULT_WORKSPACE, accelerator: bool = False, backend: str = "eager"
+    ) -> Scratch:
+        """Return what one of OURS takes beside its results and gradients; arguments as in `bill`."""
+        if backend not in BACKENDS:
+            raise ValueError(f"IndexerGeometry.scratch: backend must be one of {', '.join(BACKENDS)}, got {backend!r}.")
+        if path in (*LOSSES, *ATTENDING):
+            self._need_attention(path)
+        if backend == "triton":
+            return self._kernel_scratch(path, workspace, accelerator)
+        if path == "headfold top-k":
+            selecting = self.selection(workspace, accelerator=accelerator).scratch_bytes
+            return Scratch(selecting, selecting)
+        if path == "headfold loss":
+            slab = self.loss_tile(accelerator=accelerator)
+            return Scratch(slab.forward_bytes, slab.backward_bytes)
+        if path == "headfold attention":
+            walk = self.attention_tile(accelerator=accelerator)
+            return Scratch(walk.forward_bytes, walk.backward_bytes, self._attention_sums)
+        tile = self.tile if path == "headfold" else self.gather_tile(accelerator=accelerator)
+        return Scratch(tile.forward_bytes, tile.backward_bytes, self.accumulator_bytes)
 
-    def _attention_bill(self, path: str, *, causal: bool, scale: float, accelerator: bool) -> Bill:
-        if self.np == 0:
-            raise ValueError(f"IndexerGeometry.bill: {path} needs np, np_k, hn and v_dim, got none.")
+    def _kernel_scratch(self, path: str, workspace: int, accelerator: bool) -> Scratch:
+        size, ranged = self.compute_itemsize, self.dtype == "float16"
+        if path == "headfold":
+            call = ScoreTile(self.b, self.sq, self.sk, self.heads, self.dim, size, self.relu)
+            return Scratch(call.forward_bytes, call.backward_bytes, call.sums_bytes(self.itemsize))
+        if path == "headfold top-k":
+            selecting = self.slab_selection(workspace).scratch_bytes
+            return Scratch(selecting, selecting)
+        if path == SELECTED:
+            walk = ScatterTile.of_scores(self.sq, self.sk, self.topk, self.dim, size, ranged=ranged)
+            return Scratch(walk.forward_bytes, walk.backward_bytes, self.accumulator_bytes)
+        if path == "headfold loss":
+            shape = self.b, self.sq, self.sk, self.heads, self.dim, self.np, size
+            slab = LossSlab.of(*shape, None, relu=self.relu)
+            return Scratch(slab.forward_bytes, slab.backward_bytes)
+        forward = ScatterTile.of_picks(self.b * self.sq, self.sk, self.topk).settled_bytes
+        if max(self.hn, self.v_dim) > WIDEST_GRADIENTS:
+            backward = max(forward, self.attention_tile(accelerator=accelerator).backward_bytes)
+        else:
+            widths = self.np, self.np_k, self.hn, self.v_dim, size
+            walk = ScatterTile.of_attention(self.sq, self.sk, self.topk, *widths, shared=False, ranged=ranged)
+            backward = walk.backward_bytes + self.np * size
+        return Scratch(forward, backward, self._attention_sums)
+
+    @property
+    def _attention_sums(self) -> int:
+        """Bytes of the sums of one batch element's dk and dv that half-precision ones are cast from."""
+        size = self.compute_itemsize
+        return size * self.key_value_elements // max(1, self.b) if self.itemsize < size else 0
+
+    def _our_bill(self, path: str, scratch: Scratch) -> Bill:
+        if path == "headfold top-k":
+            peak = self.indices_bytes + scratch.forward
+            return Bill(peak, 0, peak)
         size = self.compute_itemsize
         if path == "headfold loss":
-            tile = self.loss_tile(accelerator=accelerator)
-            gradients = self.inputs_bytes // self.itemsize * size
-            # Backward returns each gradient beside the held one, and casts it a block at a time.
-            returned = self.gradients_bytes + (MIB // 4 if self.itemsize < size else 0)
-            training = size + gradients + max(tile.backward_bytes, returned)
-            return Bill(size + tile.forward_bytes, gradients, training)
+            held = self.inputs_bytes // self.itemsize * size
+            return Bill(size + scratch.forward, held, size + held + max(scratch.backward, self._returned_bytes))
         if path == "headfold attention":
-            walk, out = self.attention_tile(accelerator=accelerator), self.attended_bytes
-            sums = size * self.key_value_elements // max(1, self.b) if self.itemsize < size else 0
-            backward = self.attention_bytes + sums + walk.backward_bytes
-            return Bill(out + walk.forward_bytes, 0, out + max(walk.forward_bytes, backward))
+            result, gradients = self.attended_bytes, self.attention_bytes
+        else:
+            result = self.scores_bytes if path == "headfold" else self.selected_bytes
+            gradients = self.gradients_bytes
+        backward = gradients + scratch.sums + scratch.backward
+        return Bill(result + scratch.forward, 0, result + max(scratch.forward, backward))
+
+    @property
+    def _returned_bytes(self) -> int:
+        """Bytes of a loss's backward: it returns each gradient beside the held one, and casts it a block at a time."""
+        size, alive, peak = self.compute_itemsize, 0, 0
+        sizes = (self.q_elements, self.sq), (self.weights_elements, self.sq), (self.k_elements, self.sk)
+        for elements, rows in sizes if self.b else ():
+            alive += elements * self.itemsize
+            if elements and self.itemsize < size:
+                step = min(rows, max(1, MIB * rows // (4 * elements * size)))
+                peak = max(peak, alive + elements // rows * step * size)
+        return max(alive, peak)
+
+    def _dense_bill(self, path: str, *, causal: bool, scale: float) -> Bill:
+        self._need_attention(path)
         shape = self.b, self.sq, self.sk, self.topk, self.np, self.hn, self.v_dim
-        dense = dense_bills.Dense(*shape, self.itemsize, size, causal)
+        dense = dense_bills.Dense(*shape, self.itemsize, self.compute_itemsize, causal)
         if path == "materialized loss":
             return dense_bills.full_loss(self.bill("materialized", causal=causal, scale=scale), dense)
         return dense_bills.dense_attention(dense)
+
+    def _need_attention(self, path: str) -> None:
+        if self.np == 0:
+            raise ValueError(f"IndexerGeometry.bill: {path} needs np, np_k, hn and v_dim, got none.")
 
     def forward_flops(self, *, causal: bool = False) -> int:
         """FLOPs of the scores: two per multiply-add of the product and of the fold over heads."""
         return self._flops(1, causal)
 
+    @property
+    def backward_products(self) -> int:
+        """Products that the backward is credited with: logits again, u and dk; without an activation the last two.
+
+        They are the algorithm's. With an activation the kernels run four: each of the two that have a gradient to
+        write makes the logits for itself.
+        """
+        return 3 if self.relu else 2
+
     def backward_flops(self, *, causal: bool = False) -> int:
-        """FLOPs of all three gradients: three products (logits again, u, dk)."""
-        return self._flops(3 if self.relu else 2, causal)
+        """FLOPs of all three gradients: those of `backward_products` products, whichever backend runs them."""
+        return self._flops(self.backward_products, causal)
 
     def _flops(self, products: int, causal: bool) -> int:
         offset = self.sk - self.sq if causal else None

@@ -17,6 +17,8 @@ _SLAB_BYTES = 12 << 20
 _ATTENTION_SLAB_BYTES = 40 << 20
 # Picks of a row that a slab takes at least, however many keys there are.
 _LEAST_SPAN = 64
+# Channels of a pick whose gradients one program can hold: wider ones spill registers, and eager's walk makes them.
+WIDEST_GRADIENTS = 256
 
 
 @dataclass(frozen=True)
@@ -62,6 +64,36 @@ class ScatterTile:
         if rows > ROWS_A_WORD:
             rows -= rows % ROWS_A_WORD
         return cls(block, rows, span, topk, sk, channels, beside, held, size)
+
+    @classmethod
+    def of_scores(cls, sq: int, sk: int, topk: int, d: int, size: int, *, ranged: bool) -> ScatterTile:
+        """Return the tile of dk of selected scores.   ranged: whether gradients are kept within float16's range."""
+        return cls.of(sq, sk, topk, d, size, beside=size, held=4 if ranged else 0)
+
+    @classmethod
+    def of_picks(cls, rows: int, sk: int, topk: int) -> ScatterTile:
+        """Return the tile of a forward of attention, which settles the picks of all rows [b · sq] and no more."""
+        return cls.of(rows, sk, topk if sk else 0, 1, 4)
+
+    @classmethod
+    def of_attention(
+        cls,
+        sq: int,
+        sk: int,
+        topk: int,
+        heads: int,
+        key_heads: int,
+        dim: int,
+        v_dim: int,
+        size: int,
+        *,
+        shared: bool,
+        ranged: bool,
+    ) -> ScatterTile:
+        """Return the tile of a backward of attention.   shared: whether values are part of the keys."""
+        channels = key_heads * (dim + (0 if shared and not ranged else v_dim))
+        held = heads * (3 * size + (4 if ranged else 0))
+        return cls.of(sq, sk, topk if sk else 0, channels, size, held=held, attention=True)
 
     @property
     def words(self) -> int:

@@ -14,6 +14,9 @@ _KEYS = 128
 _MOST_PARTS = 8
 _PARTS_BYTES = 16 * MIB
 _PART_ROWS = 4096
+# Heads that every half-precision tile of dk takes at once, up to so many channels and beyond. More are several
+# launches, which add up in the compute dtype; tests/test_triton_bills.py holds the table of tiles to these.
+_HEADS, _NARROW, _WIDE_HEADS = 64, 128, 32
 
 
 @dataclass(frozen=True)
@@ -52,14 +55,20 @@ class ScoreTile:
         return max(1, min(_MOST_PARTS, _PROGRAMS // max(1, blocks), terms // _PART_ROWS, fitting))
 
     @property
+    def heads_at_once(self) -> int:
+        """Heads that one launch for dk takes on any chip, of half-precision inputs."""
+        return _HEADS if self.d <= _NARROW else _WIDE_HEADS
+
+    @property
     def part_bytes(self) -> int:
         """Bytes of the parts of dk, where there is more than one."""
         return self.parts * self.b * self.sk * self.d * self.size if self.parts > 1 else 0
 
     @property
     def writes_once(self) -> bool:
-        """Whether dk is made at once: of all rows in one sum, which can be written in dk's own dtype."""
-        return self.parts == 1 and 0 < self.sq <= self.slab_rows
+        """Whether dk is made at once: of all rows and heads in one sum, which can be written in dk's own dtype."""
+        heads = self.h if self.relu else 1
+        return self.parts == 1 and 0 < self.sq <= self.slab_rows and heads <= self.heads_at_once
 
     @property
     def forward_bytes(self) -> int:
@@ -70,3 +79,7 @@ class ScoreTile:
     def backward_bytes(self) -> int:
         """Scratch of the backward body; sums of dk in the compute dtype are not counted, they are a gradient."""
         return 2 * self.folded_bytes + self.part_bytes
+
+    def sums_bytes(self, itemsize: int) -> int:
+        """Bytes of dk in the compute dtype, where it is added up there and cast to inputs of `itemsize` bytes."""
+        return 0 if itemsize >= self.size or self.writes_once else self.b * self.sk * self.d * self.size

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from headfold.backends import eager
 from headfold.lanes import measure, upstream_masks
+from headfold.lanes.every_op import same_bits
 from headfold.lanes.record import FAIL, PASS, Column, Lane, Row, Track, no_track
 from headfold.lanes.syncfree import DataRead, no_data_reads
 from headfold.mask import index_mask, update_index_mask_
@@ -117,34 +118,41 @@ def _graph_here(name: str, device: str) -> str:
     """Capture and replay a pattern in this process; for a read, say with what it was refused."""
     pattern = next(p for p in (*UPSTREAM, *OURS) if p.name == name)
     try:
-        return _replayed(pattern, torch.device(device))
+        return replayed(pattern.public, pattern.inputs, torch.device(device))
     except RuntimeError as error:
-        first: BaseException = error  # the read that failed, after which leaving the capture failed too
-        while isinstance(first.__context__, RuntimeError):
-            first = first.__context__
-        return _refusal(first) if "captur" in str(first).lower() else f"failed: {_said(first)}"
+        return what_failed(error)
 
 
-def _replayed(pattern: Pattern, device: torch.device) -> str:
+def what_failed(error: RuntimeError) -> str:
+    """Say of an error in a capture whether it was a refusal, and with what."""
+    first: BaseException = error  # the read that failed, after which leaving the capture failed too
+    while isinstance(first.__context__, RuntimeError):
+        first = first.__context__
+    return _refusal(first) if "captur" in str(first).lower() else f"failed: {_said(first)}"
+
+
+def replayed(
+    public: Callable[..., Tensors], inputs: Callable[[int, torch.device], Tensors], device: torch.device
+) -> str:
     """Capture one call, replay it with other data in the same memory, and compare with plain calls on that data."""
     with torch.cuda.device(device):
-        static = pattern.inputs(0, device)
+        static = inputs(0, device)
         aside = torch.cuda.Stream()
         aside.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(aside):
-            pattern.public(*static)  # libraries set themselves up at a first call, which no capture may hold
+            public(*static)  # libraries set themselves up at a first call, which no capture may hold
         torch.cuda.current_stream().wait_stream(aside)
         torch.cuda.synchronize()
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
-            results = pattern.public(*static)
+            results = public(*static)
         for seed in (1, 2):
-            fresh = pattern.inputs(seed, device)
+            fresh = inputs(seed, device)
             for x, y in zip(static, fresh, strict=True):
                 x.copy_(y)
             graph.replay()
             torch.cuda.synchronize()
-            found = _compared(results, pattern.public(*fresh))
+            found = _compared(results, public(*fresh))
             if found != EQUAL:
                 return f"replay {seed}: {found}"
     return EQUAL
@@ -167,13 +175,8 @@ def _earlier_rows(device: torch.device) -> list[Row]:
 
 def _compared(results: Tensors, expected: Tensors) -> str:
     pairs = zip(results, expected, strict=True)
-    differing = [i for i, (x, y) in enumerate(pairs) if not _same_bits(x, y)]
+    differing = [i for i, (x, y) in enumerate(pairs) if not same_bits(x, y)]
     return f"result {differing[0]} differs from eager" if differing else EQUAL
-
-
-def _same_bits(x: Tensor, y: Tensor) -> bool:
-    alike = (x.shape, x.dtype, x.device) == (y.shape, y.dtype, y.device)
-    return alike and torch.equal(x.contiguous().view(torch.uint8), y.contiguous().view(torch.uint8))
 
 
 def _refusal(error: BaseException) -> str:

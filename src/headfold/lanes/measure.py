@@ -135,6 +135,7 @@ def in_fresh_process(function: Callable[..., Any], *args: Any) -> Any:
 def free_memory(device: torch.device) -> int:
     """Return the bytes that a row may take: free device memory, or what the machine and its cgroup leave."""
     if device.type == "cuda":
+        torch.cuda.empty_cache()  # what torch holds from earlier rows is free to the next
         return torch.cuda.mem_get_info(device)[0]
     free = psutil.virtual_memory().available
     limit, used = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")

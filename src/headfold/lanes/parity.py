@@ -29,6 +29,8 @@ COLUMNS = (
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 # Query rows and keys of a capture or geometry that the budgets look at: the truth is materialised in float64.
 ROWS = 192
+# Channels of what is checked by finite differences: few, or the fewest that kernels take.
+NARROW, NARROWEST_OF_KERNELS = 4, 16
 
 
 def parity(problem: Problem, device: torch.device, *, impl: str = "auto", track: Track[Any] = no_track) -> Lane:
@@ -40,7 +42,8 @@ def parity(problem: Problem, device: torch.device, *, impl: str = "auto", track:
         for name, inputs, call in _budget_cases(problem, device, dtype):
             lane.rows.extend(_budget(name, dtype, inputs, {**call, "impl": impl}))
     lane.notes = [
-        "gradcheck compares analytic with finite-difference gradients of the shipped op at sq=5, sk=7, b=2, h=3, d=4.",
+        "gradcheck compares analytic with finite-difference gradients of the shipped op at sq=5, sk=7, b=2, h=3, "
+        f"d={checked_width(impl)}.",
         "Budget: error against float64 truth at most 2 · (the materialised path's own error in this dtype + eps · "
         "max|truth|), row by row, that error being the largest over eight orders of its sums; a share of 1 is all.",
         f"Tensors: {problem.source}; at most {ROWS} rows and keys of them.",
@@ -68,11 +71,18 @@ def _gradcheck(name: str, call: dict[str, Any], device: torch.device, impl: str)
     def scores(q: Tensor, weights: Tensor, k: Tensor) -> Tensor:
         return index_scores(q, weights, k, impl=impl, **call)
 
-    return gradcheck_row(f"gradcheck, {name}", scores, device)
+    return gradcheck_row(f"gradcheck, {name}", scores, device, checked_width(impl))
 
 
-def gradcheck_row(check: str, scorer: Callable[[Tensor, Tensor, Tensor], Tensor], device: torch.device) -> Row:
-    """Run gradcheck on what a scorer makes of small float64 q, weights and k, -inf left out."""
+def checked_width(impl: str) -> int:
+    """Return the channels at which an implementation's gradients are checked by finite differences."""
+    return NARROWEST_OF_KERNELS if impl == "triton" else NARROW
+
+
+def gradcheck_row(
+    check: str, scorer: Callable[[Tensor, Tensor, Tensor], Tensor], device: torch.device, d: int = NARROW
+) -> Row:
+    """Run gradcheck on what a scorer makes of small float64 q, weights and k of d channels, -inf left out."""
     generator = torch.Generator(device).manual_seed(0)
 
     def make(*shape: int) -> Tensor:
@@ -85,7 +95,7 @@ def gradcheck_row(check: str, scorer: Callable[[Tensor, Tensor, Tensor], Tensor]
 
     row: Row = {"check": check, "dtype": "float64", "result": "dq, dweights, dk"}
     try:
-        gradcheck(visible_scores, (make(5, 2, 3, 4), make(5, 2, 3), make(7, 2, 4)))
+        gradcheck(visible_scores, (make(5, 2, 3, d), make(5, 2, 3), make(7, 2, d)))
     except GradcheckError as error:
         return {**row, "verdict": FAIL, "note": str(error).splitlines()[0]}
     return {**row, "verdict": PASS}

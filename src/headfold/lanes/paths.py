@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from headfold.bills import Bill
-from headfold.geometry import SELECTED, SELECTING, IndexerGeometry
+from headfold import backends
+from headfold.bills import Bill, Scratch
+from headfold.geometry import ATTENDING, LOSSES, OURS, PATHS, SELECTED, SELECTING, IndexerGeometry
 from headfold.lanes.problem import Problem, normal
 from headfold.lanes.record import show_bytes
 from headfold.scores import index_scores
@@ -24,8 +27,8 @@ class IndexerPath:
 
     family: its name in IndexerGeometry.bill.   forward: called as forward(q, weights, k, causal, scale).
     make: makes this path for a geometry, a device and a workspace, as in another process.
-    workspace: what it was given, for headfold.   trains: whether its result has a gradient.
-    kept: whether its result has topk columns, where scores have sk.
+    workspace: what it was given, for headfold.   backend: whose bytes it takes, for headfold.   trains: whether its
+    result has a gradient.   kept: whether its result has topk columns, where scores have sk.
     """
 
     name: str
@@ -33,6 +36,7 @@ class IndexerPath:
     forward: Callable[..., Tensor]
     make: Make
     workspace: int | None = None
+    backend: str = ""
     trains: bool = True
     kept: bool = False
 
@@ -67,7 +71,12 @@ class IndexerPath:
             scale=problem.scale,
             workspace=self.workspace_bytes,
             accelerator=device.type != "cpu",
+            backend=self.backend or "eager",
         )
+
+    def scratch(self, g: IndexerGeometry) -> Scratch:
+        """Return what it takes beside its results and gradients, for headfold."""
+        return g.scratch(self.family, backend=self.backend)
 
     def result_bytes(self, problem: Problem) -> int:
         """Return the bytes of what it returns."""
@@ -82,53 +91,111 @@ class IndexerPath:
 
     def gradients_bytes(self, g: IndexerGeometry) -> int:
         """Return the bytes of its gradients, and of the sums that they are cast from."""
-        return g.gradients_bytes + g.accumulator_bytes
+        return g.gradients_bytes + self.scratch(g).sums
 
 
 Make = Callable[[IndexerGeometry, torch.device, int | None], IndexerPath]
 
 
+# The op of each family of ours, and the widths that its kernels have to take.
+OPS: dict[str, tuple[str, Callable[[IndexerGeometry], tuple[int, ...]]]] = {
+    PATHS[2]: ("index_scores", lambda g: (g.dim,)),
+    SELECTING[1]: ("index_topk", lambda g: (g.dim,)),
+    SELECTED: ("selected_scores", lambda g: (g.dim,)),
+    LOSSES[1]: ("indexer_loss", lambda g: (g.dim, g.hn)),
+    ATTENDING[1]: ("sparse_attention", lambda g: (g.hn, g.v_dim)),
+}
+
+
+def backend_of(family: str, g: IndexerGeometry, device: torch.device, impl: str = "auto") -> str:
+    """Return the backend that a call of one of our families gets on a device."""
+    if impl != "auto":
+        return impl
+    op, widths = OPS[family]
+    return backends.automatic(op, device, getattr(torch, g.dtype), *widths(g))[0]
+
+
+def activation_of(g: IndexerGeometry) -> str | None:
+    """Return what a call of a geometry passes as its activation."""
+    return "relu" if g.relu else None
+
+
+def kernels_take(family: str, g: IndexerGeometry) -> bool:
+    """Whether the kernels of one of our families take the widths of a geometry, wherever they run."""
+    op, widths = OPS[family]
+    narrowest, widest = backends.TRITON_WIDTHS[op]
+    return all(narrowest <= width <= widest for width in widths(g))
+
+
+def least_workspace(g: IndexerGeometry, device: torch.device, impl: str = "auto") -> int:
+    """Return the smallest workspace in which scores and, where topk is given, selections work, with gradients."""
+    return max(_least(family, g, device, impl) for family in (OURS[:3] if g.topk else OURS[:1]))
+
+
+def _least(family: str, g: IndexerGeometry, device: torch.device, impl: str) -> int:
+    backend = backend_of(family, g, device, impl)
+    return g.scratch(family, workspace=0, accelerator=device.type != "cpu", backend=backend).backward
+
+
 def scoring(
-    g: IndexerGeometry, device: torch.device, workspace: int | None = None, *, with_loop: bool = True
+    g: IndexerGeometry,
+    device: torch.device,
+    workspace: int | None = None,
+    *,
+    impl: str = "auto",
+    with_loop: bool = True,
+    with_materialized: bool = True,
 ) -> list[IndexerPath]:
     """Every way to score; headfold at a workspace, or at both the default and 16 MiB (the smallest, if larger)."""
-    others = [materialized(g, device), *([loop(g, device)] if with_loop else [])]
-    return others + at_workspaces(headfold, g, device, workspace, g.backward_scratch)
+    others = [materialized(g, device)] if with_materialized else []
+    others += [loop(g, device)] if with_loop else []
+    return others + at_workspaces(headfold, PATHS[2], g, device, workspace, impl)
 
 
-def selecting(g: IndexerGeometry, device: torch.device, workspace: int | None = None) -> list[IndexerPath]:
+def selecting(
+    g: IndexerGeometry, device: torch.device, workspace: int | None = None, *, impl: str = "auto"
+) -> list[IndexerPath]:
     """Every way to select and to score a selection; headfold at a workspace, or at two."""
-    least = g.selection(0, accelerator=device.type != "cpu").scratch_bytes
-    ours = at_workspaces(headfold_topk, g, device, workspace, least)
-    return [materialized_topk(g, device), *ours, headfold_selected(g, device, workspace)]
+    ours = at_workspaces(headfold_topk, SELECTING[1], g, device, workspace, impl)
+    return [materialized_topk(g, device), *ours, headfold_selected(g, device, workspace, impl=impl)]
 
 
 def at_workspaces(
-    make: Make, g: IndexerGeometry, device: torch.device, workspace: int | None, least: int
+    make: Callable[..., IndexerPath],
+    family: str,
+    g: IndexerGeometry,
+    device: torch.device,
+    workspace: int | None,
+    impl: str,
 ) -> list[IndexerPath]:
     """Make a path at a workspace, or at both the default and 16 MiB (the smallest that works, if larger)."""
-    small = max(16 * MIB, least)
-    paths = [make(g, device, at) for at in ([None, small] if workspace is None else [workspace])]
+    small = max(16 * MIB, _least(family, g, device, impl))
+    paths = [make(g, device, at, impl=impl) for at in ([None, small] if workspace is None else [workspace])]
     return [
         path if path.workspace is None else replace(path, name=f"{path.family}, {show_bytes(path.workspace)} workspace")
         for path in paths
     ]
 
 
-def headfold(g: IndexerGeometry, device: torch.device, workspace: int | None = None) -> IndexerPath:
+def headfold(
+    g: IndexerGeometry, device: torch.device, workspace: int | None = None, *, impl: str = "auto"
+) -> IndexerPath:
     """Our scores, at a workspace."""
 
     def forward(q: Tensor, weights: Tensor, k: Tensor, causal: bool, scale: float) -> Tensor:
-        return index_scores(q, weights, k, causal=causal, scale=scale, workspace=workspace)
+        call: dict[str, Any] = {"causal": causal, "scale": scale, "activation": activation_of(g)}
+        return index_scores(q, weights, k, impl=impl, workspace=workspace, **call)
 
-    return IndexerPath("headfold", "headfold", forward, headfold, workspace)
+    backend = backend_of(PATHS[2], g, device, impl)
+    return IndexerPath("headfold", "headfold", forward, partial(headfold, impl=impl), workspace, backend)
 
 
 def materialized(g: IndexerGeometry, device: torch.device, _: int | None = None) -> IndexerPath:
     """The upstream-style einsum over all heads."""
 
     def forward(q: Tensor, weights: Tensor, k: Tensor, causal: bool, scale: float) -> Tensor:
-        return index_scores(q, weights, k, causal=causal, scale=scale, impl="materialized")
+        call: dict[str, Any] = {"causal": causal, "scale": scale, "activation": activation_of(g)}
+        return index_scores(q, weights, k, impl="materialized", **call)
 
     return IndexerPath("materialized", "materialized", forward, materialized)
 
@@ -142,31 +209,43 @@ def materialized_topk(g: IndexerGeometry, device: torch.device, _: int | None = 
     """Upstream's selection: torch.topk of the whole score matrix, whose ties fall as they may."""
 
     def forward(q: Tensor, weights: Tensor, k: Tensor, causal: bool, scale: float) -> Tensor:
-        scores = index_scores(q, weights, k, causal=causal, scale=scale, impl="materialized")
+        call: dict[str, Any] = {"causal": causal, "scale": scale, "activation": activation_of(g)}
+        scores = index_scores(q, weights, k, impl="materialized", **call)
         return torch.topk(scores, min(g.topk, scores.shape[-1])).indices
 
     return IndexerPath(SELECTING[0], SELECTING[0], forward, materialized_topk, trains=False, kept=True)
 
 
-def headfold_topk(g: IndexerGeometry, device: torch.device, workspace: int | None = None) -> IndexerPath:
+def headfold_topk(
+    g: IndexerGeometry, device: torch.device, workspace: int | None = None, *, impl: str = "auto"
+) -> IndexerPath:
     """Our selection, at a workspace."""
 
     def forward(q: Tensor, weights: Tensor, k: Tensor, causal: bool, scale: float) -> Tensor:
-        return index_topk(q, weights, k, g.topk, causal=causal, scale=scale, workspace=workspace).indices
+        call: dict[str, Any] = {"causal": causal, "scale": scale, "activation": activation_of(g)}
+        return index_topk(q, weights, k, g.topk, impl=impl, workspace=workspace, **call).indices
 
-    return IndexerPath(SELECTING[1], SELECTING[1], forward, headfold_topk, workspace, trains=False, kept=True)
+    make, backend = partial(headfold_topk, impl=impl), backend_of(SELECTING[1], g, device, impl)
+    return IndexerPath(SELECTING[1], SELECTING[1], forward, make, workspace, backend, trains=False, kept=True)
 
 
 def headfold_selected(
-    g: IndexerGeometry, device: torch.device, workspace: int | None = None, indices: Tensor | None = None
+    g: IndexerGeometry,
+    device: torch.device,
+    workspace: int | None = None,
+    indices: Tensor | None = None,
+    *,
+    impl: str = "auto",
 ) -> IndexerPath:
     """Our scores of a selection of this geometry; without one, of keys at even steps, which take the same bytes."""
     indices = spread_indices(g, device) if indices is None else indices
 
     def forward(q: Tensor, weights: Tensor, k: Tensor, causal: bool, scale: float) -> Tensor:
-        return selected_scores(q, weights, k, indices, causal=causal, scale=scale, workspace=workspace)
+        call: dict[str, Any] = {"causal": causal, "scale": scale, "activation": activation_of(g)}
+        return selected_scores(q, weights, k, indices, impl=impl, workspace=workspace, **call)
 
-    return IndexerPath(SELECTED, SELECTED, forward, headfold_selected, workspace, kept=True)
+    make, backend = partial(headfold_selected, impl=impl), backend_of(SELECTED, g, device, impl)
+    return IndexerPath(SELECTED, SELECTED, forward, make, workspace, backend, kept=True)
 
 
 def spread_indices(g: IndexerGeometry, device: torch.device) -> Tensor:

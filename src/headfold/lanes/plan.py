@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from headfold.geometry import ATTENDING, LOSSES, PATHS, SELECTED, SELECTING, IndexerGeometry
-from headfold.lanes.record import Column, Lane, Row
+from headfold.contract import one_of
+from headfold.geometry import ATTENDING, BACKENDS, LOSSES, OURS, PATHS, SELECTED, SELECTING, IndexerGeometry
+from headfold.lanes.paths import kernels_take
+from headfold.lanes.record import Column, Lane, Row, show_bytes
 from headfold.tiles import DEFAULT_WORKSPACE
 
 GIB = 1 << 30
@@ -17,6 +19,7 @@ DEVICES = {
 
 COLUMNS = (
     Column("path", "path"),
+    Column("backend", "backend"),
     Column("forward", "forward peak", "bytes"),
     Column("held", "held for backward", "bytes"),
     Column("training", "forward + backward peak", "bytes"),
@@ -24,17 +27,23 @@ COLUMNS = (
 )
 
 
-def plan(geometry: IndexerGeometry, *, causal: bool = False) -> Lane:
-    """Bill each path for one layer's indexer, and say on which devices its training step fits."""
+def plan(geometry: IndexerGeometry, *, causal: bool = False, backend: str = "eager") -> Lane:
+    """Bill each path for one layer's indexer, and say on which devices its training step fits.
+
+    backend: of our paths, where it takes their widths: "triton" bills the kernels on a GPU, and the walk beside them.
+    """
     g = geometry
-    lane = Lane("plan", f"What does the indexer of {describe(g)} cost?", COLUMNS, notes=_notes(g, causal))
+    one_of("plan", "--backend", backend, BACKENDS)
+    lane = Lane("plan", f"What does the indexer of {describe(g)} cost?", COLUMNS, notes=_notes(g, causal, backend))
     selecting = (*SELECTING, SELECTED) if g.topk else ()
     attending = (*LOSSES, *(ATTENDING if g.topk else ())) if g.np else ()
     for path in (*PATHS, *selecting, *attending):
-        bill = g.bill(path, causal=causal)
+        runs = "" if path not in OURS else backend if kernels_take(path, g) else "eager"
+        bill = g.bill(path, causal=causal, accelerator=backend == "triton", backend=runs or "eager")
         needed = bill.training + g.inputs_bytes + (g.attention_bytes if path in attending else 0)
         fits = [name for name, size in DEVICES.items() if needed <= size]
-        row: Row = {"path": path, "forward": bill.forward, "held": bill.held, "training": bill.training}
+        row: Row = {"path": path, "backend": runs, "forward": bill.forward, "held": bill.held}
+        row["training"] = bill.training
         lane.rows.append({**row, "fits": f"{fits[0]} and larger" if fits else "none of the listed"})
     return lane
 
@@ -46,17 +55,17 @@ def describe(g: IndexerGeometry) -> str:
     return f"b={g.b}, sq={g.sq}, sk={g.sk}, h={g.heads}, d={g.dim}{topk}, {g.dtype}{attention}"
 
 
-def _notes(g: IndexerGeometry, causal: bool) -> list[str]:
-    from headfold.lanes.record import show_bytes
-
+def _notes(g: IndexerGeometry, causal: bool, backend: str) -> list[str]:
+    scratch = g.scratch(PATHS[2], backend=backend if kernels_take(PATHS[2], g) else "eager")
     notes = [
         f"Peaks count results and scratch beyond the inputs ({show_bytes(g.inputs_bytes)}), for one layer.",
         f"One [sq, b, h, sk] intermediate is {g.intermediate_bytes:,} bytes ({show_bytes(g.intermediate_bytes)}); "
         f"the scores are {show_bytes(g.scores_bytes)}.",
-        f"headfold's scratch is {show_bytes(g.forward_scratch)} forward and {show_bytes(g.backward_scratch)} backward, "
+        f"headfold's scratch is {show_bytes(scratch.forward)} forward and {show_bytes(scratch.backward)} backward, "
         f"out of a workspace of {show_bytes(DEFAULT_WORKSPACE)} by default.",
-        f"Forward {g.forward_flops(causal=causal) / 1e9:,.4g} GFLOP, backward (three products) "
-        f"{g.backward_flops(causal=causal) / 1e9:,.4g} GFLOP{' (causal)' if causal else ''}.",
+        f"Forward (1 product) {g.forward_flops(causal=causal) / 1e9:,.4g} GFLOP, backward "
+        f"({g.backward_products} products) {g.backward_flops(causal=causal) / 1e9:,.4g} GFLOP"
+        f"{' (causal)' if causal else ''}.",
     ]
     if g.topk:
         notes.append(

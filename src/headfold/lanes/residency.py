@@ -16,6 +16,7 @@ from headfold.tiles import MIB
 
 COLUMNS = (
     Column("path", "path"),
+    Column("backend", "backend"),
     Column("phase", "phase"),
     Column("planned", "planned", "bytes"),
     Column("measured", "measured", "bytes"),
@@ -38,8 +39,10 @@ def residency(
     device: torch.device,
     *,
     workspace: int | None = None,
+    impl: str = "auto",
     process: bool = True,
     with_loop: bool = True,
+    with_materialized: bool = True,
     track: Track[Any] = no_track,
 ) -> Lane:
     """Measure every way to score that fits, forward and through backward, and hold it to the plan.
@@ -48,12 +51,15 @@ def residency(
         problem: the tensors.
         device: where.
         workspace: headfold's; None measures both the default and 16 MiB (or the smallest that works, if larger).
+        impl: headfold's.
         process: whether each CPU row runs in a fresh process, and that process's own peak is read too.
         with_loop: whether the per-head loop runs too.
+        with_materialized: whether the materialised path runs too.
         track: wraps the list of paths, for a progress bar.
     """
     lane = Lane("residency", "Do the measured peaks equal the planned ones?", COLUMNS)
-    paths = scoring(problem.geometry, device, workspace, with_loop=with_loop)
+    others = {"with_loop": with_loop, "with_materialized": with_materialized}
+    paths = scoring(problem.geometry, device, workspace, impl=impl, **others)
     return _fill(lane, problem, paths, device, process=process, track=track)
 
 
@@ -62,12 +68,13 @@ def selection_residency(
     device: torch.device,
     *,
     workspace: int | None = None,
+    impl: str = "auto",
     process: bool = True,
     track: Track[Any] = no_track,
 ) -> Lane:
     """Measure every way to select topk keys a row, and our scores of what was selected; arguments as in residency."""
     lane = Lane("selection residency", "And when only topk keys a row are kept?", COLUMNS)
-    paths = selecting(problem.geometry, device, workspace)
+    paths = selecting(problem.geometry, device, workspace, impl=impl)
     return _fill(lane, problem, paths, device, process=process, track=track)
 
 
@@ -76,13 +83,14 @@ def training_residency(
     device: torch.device,
     *,
     workspace: int | None = None,
+    impl: str = "auto",
     process: bool = True,
     track: Track[Any] = no_track,
 ) -> Lane:
     """Measure the loss and, where topk is given, attention over a selection; arguments as in residency."""
     lane = Lane("training residency", "And what does training take?", COLUMNS)
     g = problem.geometry
-    paths = losses(g, device, workspace) + (attending(g, device, workspace) if g.topk else [])
+    paths = losses(g, device, workspace, impl=impl) + (attending(g, device, workspace, impl=impl) if g.topk else [])
     return _fill(lane, problem, paths, device, process=process, track=track)
 
 
@@ -114,7 +122,7 @@ def _counter(device: torch.device) -> str:
 def _measure(problem: Problem, path: IndexerPath, phase: str, device: torch.device, *, process: bool) -> list[Row]:
     bill = path.bill(problem, device)
     planned = bill.forward if phase == FORWARD else bill.training
-    row: Row = {"path": path.name, "phase": phase, "planned": planned}
+    row: Row = {"path": path.name, "backend": path.backend, "phase": phase, "planned": planned}
     given = path.inputs_bytes(problem.geometry) + path.result_bytes(problem)  # its gradient is as large as the result
     needed = planned + given + PROCESS_SLACK
     free = measure.free_memory(device)
@@ -132,7 +140,7 @@ def _measure(problem: Problem, path: IndexerPath, phase: str, device: torch.devi
         measured, peak = Call(problem, path, phase, device).follow(), None
     rows = [_judge({**row, "measured": measured.peak, "process": peak}, problem, path)]
     if phase == TRAINING:
-        held: Row = {"path": path.name, "phase": HELD, "planned": bill.held, "measured": measured.held}
+        held = {**row, "phase": HELD, "planned": bill.held, "measured": measured.held}
         rows.append(_judge(held, problem, path))
     return rows
 

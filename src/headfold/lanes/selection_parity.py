@@ -10,7 +10,8 @@ from torch import Tensor
 from headfold.geometry import IndexerGeometry
 from headfold.keyrange import KeyRange
 from headfold.lanes.budget import score_budget, spend_all
-from headfold.lanes.parity import gradcheck_cases, gradcheck_row
+from headfold.lanes.parity import checked_width, gradcheck_cases, gradcheck_row
+from headfold.lanes.paths import least_workspace
 from headfold.lanes.problem import Problem
 from headfold.lanes.record import FAIL, PASS, Column, Lane, Row, Track, no_track, show_bytes
 from headfold.scores import index_scores
@@ -152,8 +153,7 @@ def _bits(tensors: list[Tensor], topk: int, impl: str, track: Track[Any]) -> Row
     """Select and differentiate again and again, at four workspaces, and compare every bit."""
     q, weights, k = (x.detach().requires_grad_() for x in tensors)
     (sq, b, h, d), dtype = q.shape, str(q.dtype).removeprefix("torch.")
-    shape = IndexerGeometry(b, sq, len(k), h, d, topk, dtype)
-    least = shape.least_workspace(accelerator=q.device.type != "cpu")
+    least = least_workspace(IndexerGeometry(b, sq, len(k), h, d, topk, dtype), q.device, impl)
 
     def run(workspace: int) -> list[Tensor]:
         selected = index_topk(q, weights, k, topk, causal=True, with_scores=True, impl=impl, workspace=workspace)
@@ -187,4 +187,4 @@ def _gradcheck(name: str, call: dict[str, Any], device: torch.device, impl: str)
     def scores(q: Tensor, weights: Tensor, k: Tensor) -> Tensor:
         return selected_scores(q, weights, k, indices, impl=impl, **call)
 
-    return gradcheck_row(f"selected scores, gradcheck, {name}", scores, device)
+    return gradcheck_row(f"selected scores, gradcheck, {name}", scores, device, checked_width(impl))

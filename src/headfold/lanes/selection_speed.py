@@ -22,6 +22,7 @@ COLUMNS = (
     Column("fastest", "fastest", "seconds"),
     Column("slowest", "slowest", "seconds"),
     Column("share", "of matrix-product rate", "ratio"),
+    Column("products", "products counted", "number"),
     Column("speedup", "x materialised", "ratio"),
     Column("target", "target"),
     Column("verdict", "verdict"),
@@ -149,6 +150,7 @@ def _row(problem: Problem, key: tuple[str, str], taken: list[float], readings: R
         "fastest": min(taken),
         "slowest": max(taken),
         "share": statistics.median(flops / t / rate for t, rate in zip(taken, rates, strict=True)),
+        "products": problem.geometry.backward_products if phase == BACKWARD else 1,
     }
 
     def times(other: tuple[str, str]) -> float:

@@ -22,6 +22,7 @@ COLUMNS = (
     Column("fastest", "fastest", "seconds"),
     Column("slowest", "slowest", "seconds"),
     Column("share", "of matrix-product rate", "ratio"),
+    Column("products", "products counted", "number"),
     Column("speedup", "x materialised", "ratio"),
     Column("target", "target"),
     Column("verdict", "verdict"),
@@ -91,7 +92,8 @@ def speed(
         f"{rounds} interleaved rounds on {torch.get_num_threads()} threads; the {measure.RATE_SIZE}³ {multiplied} "
         f"matrix product ran at {statistics.median(rates) / 1e9:.0f} GFLOP/s (median; {min(rates) / 1e9:.0f} to "
         f"{max(rates) / 1e9:.0f}).",
-        "Shares credit a forward with one product and a backward with three, whatever the path really computes.",
+        f"Shares count the products of the algorithm, one forward and {g.backward_products} backward, whatever a path "
+        "runs: with an activation the walk over tiles runs as many, the kernels make the logits once more.",
     ]
     if not targets:
         lane.notes.append("Speed is information here, not part of a verdict; headfold speed --targets judges it.")
@@ -162,10 +164,9 @@ def _row(
     problem: Problem,
 ) -> Row:
     g, causal = problem.geometry, problem.causal or phase == CAUSAL
-    flops = {
-        BACKWARD: g.backward_flops(causal=causal),
-        BOTH: g.forward_flops(causal=causal) + g.backward_flops(causal=causal),
-    }.get(phase, g.forward_flops(causal=causal))
+    forward, backward = g.forward_flops(causal=causal), g.backward_flops(causal=causal)
+    counted = {BACKWARD: (g.backward_products, backward), BOTH: (1 + g.backward_products, forward + backward)}
+    products, flops = counted.get(phase, (1, forward))
     row: Row = {
         "path": name,
         "phase": phase,
@@ -173,6 +174,7 @@ def _row(
         "fastest": min(taken),
         "slowest": max(taken),
         "share": statistics.median(flops / t / rate for t, rate in zip(taken, rates, strict=True)),
+        "products": products,
     }
     baseline = readings.get(("materialized", FORWARD if phase.startswith("forward (") else phase))
     if baseline is not None and name != "materialized":

@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 from torch.autograd.gradcheck import GradcheckError, gradcheck
 
-from headfold.geometry import IndexerGeometry
+from headfold.geometry import ATTENDING, IndexerGeometry
 from headfold.keyrange import KeyRange
 from headfold.lanes.budget import spend_attention
-from headfold.lanes.paths import spread_indices
+from headfold.lanes.parity import checked_width
+from headfold.lanes.paths import backend_of, spread_indices
 from headfold.lanes.problem import Problem, normal
 from headfold.lanes.record import FAIL, PASS, Column, Lane, Row, Track, no_track
 from headfold.lanes.training_paths import attention_tensors
@@ -53,7 +54,7 @@ def training_parity(
     for dtype in track(DTYPES, "training, losses and budgets"):
         lane.rows += _losses(problem, device, dtype, impl)
         if impl != "materialized":
-            lane.rows += _attention(g, device, dtype)
+            lane.rows += _attention(g, device, dtype, impl)
     lane.notes = [
         f"Losses: loss, dq, dweights and dk against float64 full tensors under autograd, by at most {1e-11:g} of the "
         f"largest true value in float64, {5e-6:g} in float32, one rounding in half precision; {ROWS} rows, {KEYS} "
@@ -79,8 +80,9 @@ def _made(device: torch.device, *shapes: tuple[int, ...]) -> list[Tensor]:
 
 
 def _loss_gradchecks(device: torch.device, impl: str) -> dict[str, tuple[Callable[..., Any], list[Tensor]]]:
-    inputs = _made(device, (5, 2, 3, 4), (5, 2, 3), (7, 2, 4))
-    query, key = (x.detach() for x in _made(device, (5, 2, 4, 3), (7, 2, 2, 3)))
+    d, hn = checked_width(impl), 3 if impl != "triton" else checked_width(impl)
+    inputs = _made(device, (5, 2, 3, d), (5, 2, 3), (7, 2, d))
+    query, key = (x.detach() for x in _made(device, (5, 2, 4, hn), (7, 2, 2, hn)))
 
     def checked(**call: Any) -> Callable[..., Any]:
         def loss(q: Tensor, weights: Tensor, k: Tensor) -> Tensor:
@@ -172,18 +174,21 @@ def _with_gradients(inputs: list[Tensor], beside: list[Tensor], **call: Any) -> 
     return [loss.detach(), *torch.autograd.grad(loss, leaves)]
 
 
-def _attention(g: IndexerGeometry, device: torch.device, dtype: torch.dtype) -> list[Row]:
-    topk = min(ATTENTION_TOPK, g.sk)
+def _attention(g: IndexerGeometry, device: torch.device, dtype: torch.dtype, impl: str) -> list[Row]:
+    topk, name = min(ATTENTION_TOPK, g.sk), str(dtype).removeprefix("torch.")
     small = g.with_(b=1, sq=min(ATTENTION_ROWS, g.sq), sk=min(ATTENTION_KEYS, g.sk), topk=topk)
     inputs = [x.to(dtype).transpose(0, 1) for x in attention_tensors(small, device)]
     sink = normal((g.np,), device, "float32", 11).to(dtype)
     incoming = normal((1, small.sq, g.np, g.v_dim), device, g.dtype, 12)
-    call = {"softmax_scale": g.hn**-0.5, "causal": True}
+    call: dict[str, Any] = {"softmax_scale": g.hn**-0.5, "causal": True}
     found = []
-    for walk, gathered in (("gathered", True), ("masked", False)):
-        spent = spend_attention([*inputs, sink], incoming, spread_indices(small, device), gathered=gathered, **call)
-        for name, part in spent.items():
-            row: Row = {"check": f"attention, {walk}", "dtype": str(dtype).removeprefix("torch."), "result": name}
+    backend = backend_of(ATTENDING[1], small.with_(dtype=name), device, impl)
+    walks = {"gathered": True, "masked": False} if backend == "eager" else {"kernels": True}
+    for walk, gathered in walks.items():
+        options = {"gathered": gathered, "backend": backend, **call}
+        spent = spend_attention([*inputs, sink], incoming, spread_indices(small, device), **options)
+        for result, part in spent.items():
+            row: Row = {"check": f"attention, {walk}", "dtype": name, "result": result}
             verdict = PASS if part.kept else FAIL
             found.append({**row, "share": part.share, "error": part.error, "verdict": verdict})
     return found

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from headfold.attention import sparse_attention
 from headfold.geometry import ATTENDING, LOSSES, IndexerGeometry
-from headfold.lanes.paths import IndexerPath, at_workspaces, spread_indices
+from headfold.lanes.paths import IndexerPath, Make, activation_of, at_workspaces, backend_of, spread_indices
 from headfold.lanes.problem import Problem, normal
 from headfold.loss import indexer_loss
 from headfold.presets import SHAPES
@@ -54,9 +56,8 @@ class AttentionPath(IndexerPath):
         return g.attention_bytes + g.indices_bytes
 
     def gradients_bytes(self, g: IndexerGeometry) -> int:
-        """Return the bytes of the gradients, and of the sums of one batch element's dk and dv."""
-        sums = g.compute_itemsize * g.key_value_elements // max(1, g.b) if g.itemsize < g.compute_itemsize else 0
-        return g.attention_bytes + sums
+        """Return the bytes of the gradients, and of the sums that they are cast from."""
+        return g.attention_bytes + self.scratch(g).sums
 
 
 def trained(problem: Problem) -> Problem:
@@ -70,21 +71,26 @@ def trained(problem: Problem) -> Problem:
     return Problem(g, scale=(g.heads * g.dim) ** -0.5)
 
 
-def losses(g: IndexerGeometry, device: torch.device, workspace: int | None = None) -> list[IndexerPath]:
+def losses(
+    g: IndexerGeometry, device: torch.device, workspace: int | None = None, *, impl: str = "auto"
+) -> list[IndexerPath]:
     """Every way to compute the loss; ours at a workspace, or at two."""
-    least = g.loss_tile(accelerator=device.type != "cpu").backward_bytes
-    return [materialized_loss(g, device), *at_workspaces(headfold_loss, g, device, workspace, least)]
+    return [materialized_loss(g, device), *at_workspaces(headfold_loss, LOSSES[1], g, device, workspace, impl)]
 
 
-def attending(g: IndexerGeometry, device: torch.device, workspace: int | None = None) -> list[IndexerPath]:
+def attending(
+    g: IndexerGeometry, device: torch.device, workspace: int | None = None, *, impl: str = "auto"
+) -> list[IndexerPath]:
     """Every way to attend to a selection; ours at a workspace, or at two."""
-    least = g.attention_tile(accelerator=device.type != "cpu").backward_bytes
-    return [materialized_attention(g, device), *at_workspaces(headfold_attention, g, device, workspace, least)]
+    ours = at_workspaces(headfold_attention, ATTENDING[1], g, device, workspace, impl)
+    return [materialized_attention(g, device), *ours]
 
 
-def headfold_loss(g: IndexerGeometry, device: torch.device, workspace: int | None = None) -> IndexerPath:
+def headfold_loss(
+    g: IndexerGeometry, device: torch.device, workspace: int | None = None, *, impl: str = "auto"
+) -> IndexerPath:
     """Our loss, over every visible key."""
-    return _loss(g, device, LOSSES[1], "auto", workspace)
+    return _loss(g, device, LOSSES[1], impl, workspace)
 
 
 def materialized_loss(g: IndexerGeometry, device: torch.device, _: int | None = None) -> IndexerPath:
@@ -92,9 +98,11 @@ def materialized_loss(g: IndexerGeometry, device: torch.device, _: int | None = 
     return _loss(g, device, LOSSES[0], "materialized", None)
 
 
-def headfold_attention(g: IndexerGeometry, device: torch.device, workspace: int | None = None) -> IndexerPath:
+def headfold_attention(
+    g: IndexerGeometry, device: torch.device, workspace: int | None = None, *, impl: str = "auto"
+) -> IndexerPath:
     """Our attention over a selection."""
-    return _attention(g, device, ATTENDING[1], "auto", workspace)
+    return _attention(g, device, ATTENDING[1], impl, workspace)
 
 
 def materialized_attention(g: IndexerGeometry, device: torch.device, _: int | None = None) -> IndexerPath:
@@ -113,10 +121,10 @@ def _loss(g: IndexerGeometry, device: torch.device, family: str, impl: str, work
     query, key, _ = attention_tensors(g, device)
 
     def forward(q: Tensor, weights: Tensor, k: Tensor, causal: bool, scale: float) -> Tensor:
-        rest = {"causal": causal, "scale": scale, "impl": impl, "workspace": workspace}
+        rest = {"causal": causal, "scale": scale, "activation": activation_of(g), "impl": impl, "workspace": workspace}
         return indexer_loss(q, weights, k, query, key, softmax_scale=g.hn**-0.5, **rest).loss  # type: ignore[arg-type]
 
-    return LossPath(family, family, forward, MAKERS[family], workspace)
+    return LossPath(family, family, forward, *_made(family, g, device, impl, workspace))
 
 
 def _attention(g: IndexerGeometry, device: torch.device, family: str, impl: str, workspace: int | None) -> IndexerPath:
@@ -128,10 +136,19 @@ def _attention(g: IndexerGeometry, device: torch.device, family: str, impl: str,
         assert isinstance(out, Tensor)
         return out
 
-    return AttentionPath(family, family, forward, MAKERS[family], workspace)
+    return AttentionPath(family, family, forward, *_made(family, g, device, impl, workspace))
 
 
-MAKERS = {
+def _made(
+    family: str, g: IndexerGeometry, device: torch.device, impl: str, workspace: int | None
+) -> tuple[Make, int | None, str]:
+    """Return what makes a path again, its workspace and its backend."""
+    if impl == "materialized":
+        return MAKERS[family], workspace, ""
+    return partial(MAKERS[family], impl=impl), workspace, backend_of(family, g, device, impl)
+
+
+MAKERS: dict[str, Callable[..., IndexerPath]] = {
     LOSSES[0]: materialized_loss,
     LOSSES[1]: headfold_loss,
     ATTENDING[0]: materialized_attention,

@@ -84,5 +84,6 @@ def _backward_flops(g: Any, q: Any, weights: Any, k: Any, *rest: Any, out_shape:
     b, sq, h, d = q
     offset, ratio, relu = rest[3:6]
     need_q, need_weights, need_k = rest[-3:]
+    # The algorithm's, as `IndexerGeometry.backward_products`: the kernels, that make the logits twice, run one more.
     products = 1 + need_q + need_k if relu else (need_q or need_weights) + need_k
     return score_flops(b, sq, k[1], h, d, products=products, relu=relu, offset=offset, ratio=ratio)

@@ -21,13 +21,11 @@ from headfold.backends.triton.picks import Picks, Scatter, strides
 from headfold.backends.triton.products import NARROWEST, pieces
 from headfold.backends.triton.table import arch_of, tile
 from headfold.contract import compute_dtype
-from headfold.scatter_tiles import ScatterTile
+from headfold.scatter_tiles import WIDEST_GRADIENTS, ScatterTile
 from headfold.tiles import blocks
 
 # Channels of a block at most.
 WIDEST = 128
-# Channels of a pick whose gradients one program can hold: wider ones spill registers, and eager's walk makes them.
-WIDEST_GRADIENTS = 256
 # Heads that fill the long side of a product; fewer leave it to the keys.
 TURNING = 64
 SINK_ROWS, SINK_HEADS = 64, 16
@@ -239,18 +237,13 @@ def _wide(query: Tensor, v_dim: int) -> bool:
 
 
 def _forward_tile(query: Tensor, key: Tensor, indices: Tensor) -> ScatterTile:
-    topk = indices.shape[2] if key.shape[1] else 0
-    return ScatterTile.of(query.shape[0] * query.shape[1], key.shape[1], topk, 1, 4)
+    return ScatterTile.of_picks(query.shape[0] * query.shape[1], key.shape[1], indices.shape[2])
 
 
 def _backward_tile(query: Tensor, key: Tensor, value: Tensor | None, indices: Tensor, v_dim: int) -> ScatterTile:
     _, sq, heads, dim = query.shape
-    sk, key_heads, size = key.shape[1], key.shape[2], compute_dtype(query.dtype).itemsize
-    ranged = query.dtype == torch.float16
-    channels = key_heads * (dim + (0 if value is None and not ranged else v_dim))
-    held = heads * (3 * size + (4 if ranged else 0))
-    topk = indices.shape[2] if sk else 0
-    return ScatterTile.of(sq, sk, topk, channels, size, held=held, attention=True)
+    shape = sq, key.shape[1], indices.shape[2], heads, key.shape[2], dim, v_dim, compute_dtype(query.dtype).itemsize
+    return ScatterTile.of_attention(*shape, shared=value is None, ranged=query.dtype == torch.float16)
 
 
 def _widths(query: Tensor, key: Tensor, v_dim: int, shared: bool) -> dict[str, int | bool]:

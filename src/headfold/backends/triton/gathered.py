@@ -308,9 +308,8 @@ def gather_tile_of(q: Tensor, k: Tensor, indices: Tensor, relu: bool) -> Scatter
 
     A forward takes no scratch, and what a backward takes does not depend on the activation.
     """
-    size = compute_dtype(q.dtype).itemsize
-    shape = q.shape[1], k.shape[1], indices.shape[2], q.shape[3]
-    return ScatterTile.of(*shape, size, beside=size, held=4 if q.dtype == torch.float16 else 0)
+    shape = q.shape[1], k.shape[1], indices.shape[2], q.shape[3], compute_dtype(q.dtype).itemsize
+    return ScatterTile.of_scores(*shape, ranged=q.dtype == torch.float16)
 
 
 def selected_scores(

@@ -62,9 +62,8 @@ def index_scores_backward(
     dweights = torch.empty_like(weights) if needs[1] and weights is not None else None
     dk = empty_rows_like(k) if needs[2] else None
     slab = Slab(q, weights, k, start, end, bias, offset, ratio, scale)
-    once = tile_of(q, k, relu).writes_once and (not relu or len(slab.groups("key_gradients")) == 1)
     total, add = dk, False
-    if dk is not None and not once:
+    if dk is not None and not tile_of(q, k, relu).writes_once:
         dtype = compute_dtype(k.dtype)
         total = (dk if dk.dtype == dtype else torch.empty_like(dk, dtype=dtype)).zero_()
         add = True

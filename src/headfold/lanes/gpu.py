@@ -1,0 +1,158 @@
+"""gpu: what only a device can show, lane by lane on both backends, with one verdict.
+
+Every lane is a job in a process of its own. Those that measure memory, or fill it, run one at a time; the rest run
+beside one another, since most of their time goes to compiling kernels.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, as_completed
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from headfold import backends
+from headfold.contract import UnsupportedError
+from headfold.geometry import IndexerGeometry
+from headfold.lanes import measure
+from headfold.lanes.capture import capture
+from headfold.lanes.every_op import IMPLS
+from headfold.lanes.graphs import graphs
+from headfold.lanes.offsets import offsets
+from headfold.lanes.parity import parity
+from headfold.lanes.plan import describe
+from headfold.lanes.problem import Problem
+from headfold.lanes.record import FAIL, Column, Lane, Track, no_track
+from headfold.lanes.repeats import repeats
+from headfold.lanes.residency import SMALL_CHANGE, residency, selection_residency, training_residency
+from headfold.lanes.sanitizer import sanitizer
+from headfold.lanes.selection_parity import selection_parity
+from headfold.lanes.training_parity import training_parity
+from headfold.presets import SHAPES
+from headfold.tiles import DEFAULT_WORKSPACE
+
+# What parity looks at: more keys than a tile has, heads that share keys, and enough of both to repeat a selection.
+CHECKED = Problem(IndexerGeometry(2, 192, 4096, 8, 64, 512, "bfloat16", np=8, np_k=2, hn=64, v_dim=64))
+CHOSEN = IndexerGeometry(1, 256, 30000, 32, 64, 2048, "bfloat16")
+# With small change, beyond its results a call takes 64 MiB.
+WORKSPACE = DEFAULT_WORKSPACE - SMALL_CHANGE
+DTYPES = ("float32", "bfloat16")
+WORKERS = 6
+BROKEN = (Column("check", "check"), Column("verdict", "verdict"), Column("note", "note"))
+
+
+@dataclass(frozen=True)
+class Job:
+    """A lane to run: run(*arguments, device, **options), under a name of its own."""
+
+    name: str
+    run: Callable[..., Lane]
+    arguments: tuple[Any, ...] = ()
+    options: dict[str, Any] = field(default_factory=dict)
+
+
+def gpu(device: torch.device, *, workers: int | None = None, track: Track[Any] = no_track) -> list[Lane]:
+    """Run every job on a device, and return their lanes in the jobs' order.
+
+    Raises: UnsupportedError without Triton, whose kernels are half of what is shown.
+    """
+    if not backends.HAS_TRITON:
+        raise UnsupportedError("gpu: needs Triton, which is not installed here. Install it with pip install triton.")
+    lanes: dict[str, Lane] = {}
+    alone, together = memory_jobs(), other_jobs()
+    at_once = workers or max(1, min(WORKERS, (os.cpu_count() or 2) // 2))
+    with ThreadPoolExecutor(max_workers=at_once) as pool:
+        for job in track(alone, "memory"):
+            lanes[job.name] = _lane(job, device)
+        waiting = {pool.submit(_lane, job, device): job for job in together}
+        finished: Iterator[Future[Lane]] = as_completed(waiting)
+        for _ in track(range(len(together)), "lanes"):
+            done = next(finished)
+            lanes[waiting[done].name] = done.result()
+    return [lanes[job.name] for job in (*alone, *together)]
+
+
+def memory_jobs() -> list[Job]:
+    """Return the jobs that measure memory or fill it: the seed's full shape, selection, training, far offsets."""
+    jobs = []
+    for dtype in DTYPES:
+        full = Problem(SHAPES["full"].with_(topk=0, dtype=dtype))
+        for impl in IMPLS:
+            options = {"workspace": WORKSPACE, "with_loop": False, "with_materialized": impl == IMPLS[0], "impl": impl}
+            jobs.append(Job(f"residency, full shape, {dtype}, {impl}", residency, (full,), options))
+    for impl in IMPLS:
+        options = {"workspace": WORKSPACE, "impl": impl}
+        jobs.append(Job(f"selection residency, {impl}", selection_residency, (Problem(CHOSEN),), options))
+        trained = Problem(SHAPES["train"].with_(dtype="bfloat16"))
+        jobs.append(Job(f"training residency, {impl}", training_residency, (trained,), options))
+        jobs.append(Job(f"offsets, {impl}", offsets, (), {"impls": (impl,)}))
+    return jobs
+
+
+def other_jobs() -> list[Job]:
+    """Return the other jobs, those that take longest first."""
+    jobs = []
+    for impl in reversed(IMPLS):
+        for name, run in (
+            ("training parity", training_parity),
+            ("parity", parity),
+            ("selection parity", selection_parity),
+        ):
+            jobs.append(Job(f"{name}, {impl}", run, (CHECKED,), {"impl": impl}))
+        jobs.append(Job(f"repeats, {impl}", repeats, (), {"impls": (impl,)}))
+    return [*jobs, Job("sanitizer", sanitizer), Job("graphs", graphs), Job("capture", capture)]
+
+
+def _lane(job: Job, device: torch.device) -> Lane:
+    """Run a job in a process of its own; an error there is a row that fails, so that the other lanes still run."""
+    try:
+        lane = measure.in_fresh_process(partial(job.run, **job.options), *job.arguments, device)
+        said = "the process that ran it was killed"
+    except Exception as error:  # noqa: BLE001 - whatever a device or a compiler raises fails this lane, by name
+        lane, said = None, f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+    if not isinstance(lane, Lane):
+        lane = Lane(job.name, "Does it run?", BROKEN, [{"check": job.name, "verdict": FAIL, "note": said}])
+    lane.name = job.name
+    if job.arguments:
+        lane.notes.append(f"At {describe(job.arguments[0].geometry)}.")
+    return lane
+
+
+def environment(device: torch.device) -> dict[str, Any]:
+    """Return where it was shown: the machine's facts, the driver and Triton."""
+    facts = measure.environment(device)
+    facts["driver"] = _driver()
+    if backends.HAS_TRITON:
+        from importlib.metadata import version
+
+        facts["triton"] = version("triton")
+    return facts
+
+
+def _driver() -> str:
+    program = shutil.which("nvidia-smi")
+    if program is None:
+        return "unknown: nvidia-smi is not on PATH"
+    command = [program, "--query-gpu=driver_version", "--format=csv,noheader"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    return done.stdout.splitlines()[0].strip() if done.returncode == 0 and done.stdout else "unknown"
+
+
+def write(path: Path, lanes: Sequence[Lane], facts: dict[str, Any]) -> None:
+    """Write JSON lines: where it was shown and the verdict, then every row with its lane, then every lane's notes."""
+    passed = all(lane.passed for lane in lanes)
+    lines: list[dict[str, Any]] = [{"passed": passed, **facts}]
+    for lane in lanes:
+        found = lane.to_json()
+        lines += [{"lane": lane.name, **row} for row in found["rows"]]
+        lines.append({"lane": lane.name, "question": lane.question, "passed": lane.passed, "notes": lane.notes})
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")

@@ -1,0 +1,266 @@
+"""tune: the tiles of one kernel, compiled, judged and timed on the device at hand; prints the row for the table."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import product
+from typing import TYPE_CHECKING, Any
+from unittest import mock
+
+import torch
+
+from headfold import backends
+from headfold.contract import UnsupportedError, one_of
+from headfold.lanes.every_op import Inputs, make_inputs
+from headfold.lanes.record import FAIL, PASS, Column, Lane, Row, Track, no_track
+
+if TYPE_CHECKING:
+    from headfold.backends.triton.table import Row as Tile
+
+COLUMNS = (
+    Column("rows", "rows", "number"),
+    Column("keys", "keys", "number"),
+    Column("warps", "warps", "number"),
+    Column("stages", "stages", "number"),
+    Column("registers", "registers a thread", "number"),
+    Column("shared", "shared memory", "bytes"),
+    Column("seconds", "median", "seconds"),
+    Column("low", "20 % took less than", "seconds"),
+    Column("high", "20 % took more than", "seconds"),
+    Column("times", "x the table's", "ratio"),
+    Column("verdict", "verdict"),
+    Column("note", "note"),
+)
+DTYPES = ("float16", "bfloat16", "float32", "float64")
+# What is timed: enough rows and keys to fill a device, topk picks of each row where a kernel gathers.
+ROWS, KEYS, TOPK = 4096, 4096, 1024
+WARPS = 4, 8
+# Stages of a pipelined loop. Operands of four bytes and more leave room in shared memory for few.
+STAGES = {"half": (2, 3, 4), "float32": (1, 2), "float64": (1, 2)}
+# Results of one product that a warp may hold: fewer do not pay, more do not fit registers.
+FEWEST, MOST = 128, 4096
+NARROWEST = 16  # rows and keys of a matrix instruction
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """What a kernel's tiles may be, and the call in which it is timed.
+
+    rows, keys: candidates.   call: runs it, given the package of kernels and the inputs.   of_heads: whether rows are
+    heads of one query row, so that more than there are would be the same tile.   beside: what else the call runs, at
+    the table's own tiles.
+    """
+
+    rows: tuple[int, ...]
+    keys: tuple[int, ...]
+    call: Callable[[Any, Inputs], Callable[[], Any]]
+    of_heads: bool = False
+    beside: str = ""
+
+
+def candidates(kernel: str, now: Tile, heads: int) -> list[Tile]:
+    """Return tiles to try, the table's own first: every choice of sizes, warps and stages that may fit a chip.
+
+    now: the row that the call has.   heads: of one key head.
+    """
+    chosen = KERNELS[kernel]
+    most = max(NARROWEST, 1 << (heads - 1).bit_length())
+    rows = [r for r in chosen.rows if not chosen.of_heads or r <= most]
+    grid = product(rows, chosen.keys, WARPS, STAGES.get(now.dtype, STAGES["half"]))
+    found = [now._replace(rows=r, keys=k, warps=w, stages=s) for r, k, w, s in grid]
+    return [now, *(x for x in found if x != now and FEWEST <= x.rows * x.keys // x.warps <= MOST)]
+
+
+def tune(kernel: str, device: torch.device, *, dtype: str, heads: int, dim: int, track: Track[Any] = no_track) -> Lane:
+    """Search the tiles of a kernel for one shape of call, and say which row the table should have.
+
+    A candidate has to compile without a spill and within the chip's shared memory before it is timed; times are the
+    medians of triton.testing.do_bench, which clears the L2 cache between runs.
+
+    Args:
+        kernel: its name in the table of tiles.
+        device: a CUDA device.
+        dtype: of the inputs.
+        heads: of the indexer, or of the attention, where all share one key head.
+        dim: width of a head of either.
+        track: wraps the list of candidates, for a progress bar.
+
+    Raises: UnsupportedError without Triton; ValueError for an unknown kernel or dtype.
+    """
+    one_of("tune", "--kernel", kernel, tuple(KERNELS))
+    one_of("tune", "--dtype", dtype, DTYPES)
+    if not backends.HAS_TRITON:
+        raise UnsupportedError("tune: needs Triton, which is not installed here.")
+    kernels = backends.load("triton")
+    if kernels.INTERPRETED:
+        raise UnsupportedError("tune: needs Triton's compiler, got TRITON_INTERPRET=1. Unset it.")
+    from headfold.backends.triton.table import arch_of, tile
+
+    arch = arch_of(device)
+    now = tile(kernel, arch, getattr(torch, dtype), dim, heads)
+    lane = Lane("tune", f"Which tile is fastest for {kernel}, {dtype}, h={heads}, d={dim} on {arch}?", COLUMNS)
+    call = KERNELS[kernel].call(kernels, _inputs(device, dtype, heads, dim))
+    for candidate in track(candidates(kernel, now, heads), f"tune {kernel}"):
+        lane.rows.append(_row(candidate, call, arch, dtype, heads, dim, device))
+    _rank(lane, now, arch)
+    lane.notes.append(
+        f"Timed at b=1, {ROWS} rows, {KEYS} keys, topk {TOPK}"
+        + (f"; the call also runs {KERNELS[kernel].beside}." if KERNELS[kernel].beside else ".")
+    )
+    return lane
+
+
+def _rank(lane: Lane, now: Tile, arch: str) -> None:
+    """Sort the rows by time, compare them with the table's, and name the row that the table should have."""
+    first = lane.rows[0]
+    lane.rows.sort(key=lambda row: row.get("seconds", float("inf")))
+    best = lane.rows[0]
+    if "seconds" not in best:
+        first["verdict"] = FAIL
+        lane.notes.append("No candidate ran: the table stays as it is.")
+        return
+    if "seconds" in first:
+        for row in lane.rows:
+            if "seconds" in row:
+                row["times"] = row["seconds"] / first["seconds"]
+    chosen = now._replace(arch=arch, **{name: best[name] for name in ("rows", "keys", "warps", "stages")})
+    said = "The table's own is the fastest" if best is first else "The table's new row, before the one it has"
+    lane.notes.append(f"{said}: {written(chosen)}")
+
+
+def written(row: Tile) -> str:
+    """Write a row as the table does."""
+    from headfold.backends.triton.table import ANY
+
+    def one(value: Any) -> str:
+        return "ANY" if value == ANY else f'"{value}"' if isinstance(value, str) else str(value)
+
+    return f"Row({', '.join(map(one, row))}),"
+
+
+def _row(
+    candidate: Tile,
+    call: Callable[[], Any],
+    arch: str,
+    dtype: str,
+    heads: int,
+    dim: int,
+    device: torch.device,
+) -> Row:
+    row: Row = {name: getattr(candidate, name) for name in ("rows", "keys", "warps", "stages")}
+    try:
+        row |= _compiled(candidate, arch, dtype, heads, dim)
+        if row["verdict"] != FAIL:
+            row |= _timed(candidate, call, device)
+    except Exception as error:  # noqa: BLE001 - compilers and launches raise many types: each ends its candidate, by name
+        row |= {"verdict": FAIL, "note": f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"}
+    if row["verdict"] == FAIL:  # a tile that does not fit is an answer, not a broken contract
+        row["verdict"] = ""
+    return row
+
+
+def _compiled(candidate: Tile, arch: str, dtype: str, heads: int, dim: int) -> Row:
+    """Compile for the chip, and judge spills and shared memory."""
+    from headfold.backends.triton import compiling
+
+    specimen = specimen_of(candidate, dtype, heads, dim)
+    found = compiling.compile_specimen(specimen, arch)
+    breaches = [x for x in found.breaches(specimen, arch) if not x.startswith("has no ")]
+    row: Row = {"registers": found.registers, "shared": found.shared, "note": "; ".join(breaches)}
+    return {**row, "verdict": FAIL if breaches else PASS}
+
+
+def specimen_of(candidate: Tile, dtype: str, heads: int, dim: int) -> Any:
+    """Return the kernel of a row as the call would have it compiled."""
+    from headfold.backends.triton import gathered_specimens, loss_specimens, score_specimens
+
+    if candidate.kernel in score_specimens.KERNELS:
+        return score_specimens.score_specimen(candidate, dtype, heads, dim)
+    if candidate.kernel in loss_specimens.KERNELS:
+        return loss_specimens.teacher_specimen(candidate, dtype, dim)
+    return gathered_specimens.gathered_specimen(candidate, getattr(torch, dtype), h=heads, d=dim)
+
+
+def _timed(candidate: Tile, call: Callable[[], Any], device: torch.device) -> Row:
+    from triton.testing import do_bench
+
+    from headfold.backends.triton import table
+
+    with mock.patch.object(table, "TABLE", (candidate, *table.TABLE)), torch.cuda.device(device), torch.no_grad():
+        call()
+        median, low, high = (x / 1e3 for x in do_bench(call, quantiles=[0.5, 0.2, 0.8]))
+    return {"seconds": median, "low": low, "high": high, "verdict": PASS}
+
+
+def _inputs(device: torch.device, dtype: str, heads: int, dim: int) -> Inputs:
+    sizes = {"b": 1, "sq": ROWS, "sk": KEYS, "topk": TOPK, "heads": heads, "key_heads": 1}
+    made = make_inputs(device, getattr(torch, dtype), h=heads, d=dim, hn=dim, **sizes)
+    # A selection has no duplicates: what is picked twice takes a slower way.
+    order = torch.rand(1, ROWS, KEYS, device=device).argsort(-1)[..., :TOPK]
+    return made._replace(indices=order.to(torch.int32))
+
+
+EVERY_KEY: tuple[Any, ...] = (None, None, None, None, 1, True, 1.0)  # start, end, bias, offset, ratio, relu, scale
+
+
+def _scored(needs: tuple[bool, bool, bool] | None) -> Callable[[Any, Inputs], Callable[[], Any]]:
+    def call(kernels: Any, x: Inputs) -> Callable[[], Any]:
+        if needs is None:
+            return lambda: kernels.index_scores(x.q, x.weights, x.k, *EVERY_KEY)
+        g = torch.ones_like(kernels.index_scores(x.q, x.weights, x.k, *EVERY_KEY))
+        return lambda: kernels.index_scores_backward(g, x.q, x.weights, x.k, *EVERY_KEY, needs)
+
+    return call
+
+
+def _selected(needs: tuple[bool, bool, bool] | None) -> Callable[[Any, Inputs], Callable[[], Any]]:
+    def call(kernels: Any, x: Inputs) -> Callable[[], Any]:
+        arguments = x.q, x.weights, x.k, x.indices, *EVERY_KEY
+        if needs is None:
+            return lambda: kernels.selected_scores(*arguments)
+        g = torch.ones_like(kernels.selected_scores(*arguments))
+        return lambda: kernels.selected_scores_backward(g, *arguments, needs)
+
+    return call
+
+
+def _attended(needs: tuple[bool, bool, bool, bool] | None) -> Callable[[Any, Inputs], Callable[[], Any]]:
+    def call(kernels: Any, x: Inputs) -> Callable[[], Any]:
+        width = x.value.shape[-1]
+        arguments = x.query, x.key, x.value, None, x.indices, None, None, None, 1, width**-0.5, width, True
+        if needs is None:
+            return lambda: kernels.sparse_attention(*arguments, False)
+        g = torch.ones_like(x.query)
+        return lambda: kernels.sparse_attention_backward(g, *arguments, needs)
+
+    return call
+
+
+def _taught(_: Any, x: Inputs) -> Callable[[], Any]:
+    from headfold.backends.triton.teacher import fill_mass
+    from headfold.contract import compute_dtype
+    from headfold.loss_slabs import SPLIT_KEYS
+
+    (b, rows, heads, width), keys = x.query.shape, x.key.shape[1]
+    dtype = compute_dtype(x.query.dtype)
+    mass = torch.empty(b, rows, keys, dtype=dtype, device=x.query.device)
+    sums = torch.empty(2 * -(-keys // SPLIT_KEYS) * b * heads * rows, dtype=dtype, device=x.query.device)
+    return lambda: fill_mass(mass, sums, x.query, x.key, None, None, None, None, 1, keys, width**-0.5)
+
+
+SETTLING = "what settles the picks"
+SCATTER = f"{SETTLING} and adds up the gradients of their keys"
+KERNELS = {
+    "scores": Kernel((64, 128, 256), (32, 64, 128), _scored(None)),
+    "query_gradients": Kernel((32, 64, 128), (32, 64, 128), _scored((True, True, False))),
+    "key_gradients": Kernel((32, 64, 128), (32, 64, 128), _scored((False, False, True))),
+    "selected_scores": Kernel((16, 32, 64), (32, 64, 128), _selected(None), of_heads=True),
+    "selected_rows": Kernel((16, 32, 64), (32, 64, 128), _selected((True, True, False)), of_heads=True),
+    "selected_keys": Kernel((16, 32, 64), (32, 64, 128), _selected((False, False, True)), True, SCATTER),
+    "attention": Kernel((16, 32, 64), (32, 64, 128), _attended(None), True, SETTLING),
+    "attention_rows": Kernel((16, 32, 64), (32, 64), _attended((True, False, False, False)), True, SETTLING),
+    "attention_keys": Kernel((16, 32, 64), (16, 32, 64), _attended((False, True, True, False)), True, SCATTER),
+    "teacher sums": Kernel((64, 128), (32, 64, 128), _taught, beside="teacher mass"),
+    "teacher mass": Kernel((64, 128), (32, 64, 128), _taught, beside="teacher sums"),
+}

@@ -1,0 +1,144 @@
+"""What tune does without a GPU: candidates, the row that it writes, and refusals."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import pytest
+import torch
+
+from headfold import backends, cli
+from headfold.lanes import tuning
+from headfold.lanes.record import FAIL, PASS, Lane
+from headfold.lanes.tuning import KERNELS, candidates, written
+
+pytest.importorskip("triton", reason="Triton is not installed")
+from headfold.backends.triton.table import ANY, TABLE, Row, tile
+
+CUDA = torch.device("cuda")
+NOW = Row("scores", "sm_90", "half", 128, ANY, 128, 64, 4, 2)
+
+
+def test_every_kernel_of_the_table_that_has_tiles_can_be_tuned() -> None:
+    assert set(KERNELS) == {row.kernel for row in TABLE} - {"fold", "compare"}
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64], ids=str)
+def test_candidates_begin_with_the_tables_own_and_are_few_and_different(kernel: str, dtype: torch.dtype) -> None:
+    now = tile(kernel, "sm_90", dtype, 128, 32)
+    found = candidates(kernel, now, 32)
+    assert found[0] == now
+    assert 5 <= len(found) == len(set(found)) <= 60
+    assert {row[:5] for row in found} == {now[:5]}
+    for row in found[1:]:
+        assert row.warps in (4, 8)
+        assert 128 <= row.rows * row.keys // row.warps <= 4096
+        assert row.stages <= (4 if dtype == torch.bfloat16 else 2)
+
+
+def test_rows_of_heads_are_not_more_than_the_heads() -> None:
+    now = tile("attention", "sm_90", torch.bfloat16, 128, 4)
+    assert {row.rows for row in candidates("attention", now, 4)[1:]} == {16}
+    assert {row.rows for row in candidates("attention", now, 33)[1:]} == {16, 32, 64}
+
+
+def test_a_row_is_written_as_the_table_has_it() -> None:
+    said = written(NOW)
+    assert said == 'Row("scores", "sm_90", "half", 128, ANY, 128, 64, 4, 2),'
+    assert eval(said, {"Row": Row, "ANY": ANY}) == (NOW,)
+
+
+def ranked(*seconds: float | None) -> Lane:
+    rows: list[dict[str, Any]] = []
+    for n, taken in enumerate(seconds):
+        row: dict[str, Any] = {"rows": 64 << n, "keys": 64, "warps": 4, "stages": 2}
+        rows.append(row if taken is None else {**row, "seconds": taken, "verdict": PASS})
+    lane = Lane("tune", "?", tuning.COLUMNS, rows)
+    tuning._rank(lane, NOW._replace(arch="*"), "sm_90")
+    return lane
+
+
+def test_the_fastest_is_first_and_becomes_the_chips_own_row() -> None:
+    lane = ranked(2.0, None, 1.0)
+    assert [row.get("times") for row in lane.rows] == [0.5, 1.0, None]
+    assert lane.notes == [
+        'The table\'s new row, before the one it has: Row("scores", "sm_90", "half", 128, ANY, 256, 64, 4, 2),'
+    ]
+    assert ranked(1.0, 2.0).notes[0].startswith("The table's own is the fastest")
+
+
+def test_where_nothing_ran_the_lane_fails() -> None:
+    lane = ranked(None, None)
+    assert lane.notes == ["No candidate ran: the table stays as it is."]
+    assert not lane.passed
+
+
+def test_a_candidate_that_does_not_compile_or_fit_is_named_and_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    def never(*_: Any) -> Any:
+        raise AssertionError("timed")
+
+    monkeypatch.setattr(tuning, "_timed", never)
+    arguments: tuple[Any, ...] = ("sm_90", "bfloat16", 32, 128, CUDA)
+    monkeypatch.setattr(tuning, "_compiled", lambda *_: {"verdict": FAIL, "note": "spills 8 bytes"})
+    assert tuning._row(NOW, never, *arguments)["note"] == "spills 8 bytes"
+
+    def broken(*_: Any) -> Any:
+        raise RuntimeError("no such layout\nand more")
+
+    monkeypatch.setattr(tuning, "_compiled", broken)
+    row = tuning._row(NOW, never, *arguments)
+    assert (row["note"], row["verdict"]) == ("RuntimeError: no such layout", "")
+
+
+def test_a_candidate_is_the_tables_first_row_while_it_is_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    from contextlib import nullcontext
+
+    import triton.testing
+
+    seen: list[Row] = []
+    candidate = NOW._replace(rows=256)
+    monkeypatch.setattr(triton.testing, "do_bench", lambda call, quantiles: [3.0, 2.0, 4.0])
+    monkeypatch.setattr(torch.cuda, "device", lambda _: nullcontext())
+    row = tuning._timed(candidate, lambda: seen.append(tile("scores", "sm_90", torch.bfloat16, 128, 32)), CUDA)
+    assert seen == [candidate]
+    assert tile("scores", "sm_90", torch.bfloat16, 128, 32) == NOW
+    assert (row["seconds"], row["low"], row["high"]) == (0.003, 0.002, 0.004)
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_every_kernel_has_a_specimen_and_a_call_that_runs(kernel: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    kernels = backends.load("triton")
+    if not kernels.INTERPRETED:
+        pytest.skip("on a GPU the command itself runs them")
+    for name, size in (("ROWS", 4), ("KEYS", 20), ("TOPK", 5)):
+        monkeypatch.setattr(tuning, name, size)
+    inputs = tuning._inputs(torch.device("cpu"), "float32", 2, 16)
+    KERNELS[kernel].call(kernels, inputs)()
+    specimen = tuning.specimen_of(tile(kernel, "sm_90", torch.bfloat16, 128, 32), "bfloat16", 32, 128)
+    assert specimen.name.startswith(kernel)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"kernel": "fold"}, "--kernel must be one of 'scores', "),
+        ({"dtype": "int8"}, "--dtype must be one of 'float16'"),
+    ],
+)
+def test_what_cannot_be_tuned_is_refused(change: dict[str, str], said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        tuning.tune(**{"kernel": "scores", "device": CUDA, "dtype": "bfloat16", "heads": 2, "dim": 16, **change})  # type: ignore[arg-type]
+
+
+def test_a_machine_without_cuda_is_told_in_one_sentence(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(sys, "argv", ["headfold", "tune", "--kernel", "scores"])
+    with pytest.raises(SystemExit) as left:
+        cli.main()
+    out, err = capsys.readouterr()
+    assert (left.value.code, out, err.count("\n")) == (2, "", 1)
+    assert "no CUDA or ROCm device" in err
