@@ -92,6 +92,24 @@ def long_context() -> None:
     measured("index_topk 2048, causal", shape, lambda: headfold.index_topk(q, weights, k, 2048, causal=True), half)
 
 
+def gathered() -> None:
+    """Measure attention over absorbed latent keys, and scores at its selection."""
+    query, key = (normal(4096, 1, np, 576).requires_grad_() for np in (128, 1))
+    indices = torch.rand(1, 4096, 4096, device="cuda").tril_().topk(2048, -1).indices.int()
+
+    def attend() -> Any:
+        call: dict[str, Any] = {"softmax_scale": 576**-0.5, "v_dim": 512, "causal": True}
+        return headfold.sparse_attention(query, key, None, indices, **call)
+
+    trained("sparse_attention", "s=4096 topk=2048 np=128 np_k=1 hn=576 v_dim=512", attend, [query, key])
+    q, weights, k = indexer(1, 4096, 4096, 32, 128)
+
+    def score() -> Tensor:
+        return headfold.selected_scores(q, weights, k, indices, causal=True)
+
+    trained("selected_scores", "s=4096 topk=2048 h=32 d=128", score, [q, weights, k])
+
+
 def main() -> None:
     """Measure everything."""
     a, b = normal(8192, 8192), normal(8192, 8192)
@@ -135,22 +153,7 @@ def main() -> None:
             return headfold.sparse_attention(query, key, value, indices, softmax_scale=scale, causal=True)
 
         trained("sparse_attention", f"s={s} topk={topk} np={np} np_k={np_k} hn={hn}", attend, leaves)
-    query, key = (normal(4096, 1, np, 576).requires_grad_() for np in (128, 1))
-    indices = torch.rand(1, 4096, 4096, device="cuda").tril_().topk(2048, -1).indices.int()
-    call = {"softmax_scale": 576**-0.5, "v_dim": 512, "causal": True}
-    trained(
-        "sparse_attention",
-        "s=4096 topk=2048 np=128 np_k=1 hn=576 v_dim=512",
-        lambda: headfold.sparse_attention(query, key, None, indices, **call),
-        [query, key],
-    )
-    leaves = indexer(1, 4096, 4096, 32, 128)
-    trained(
-        "selected_scores",
-        "s=4096 topk=2048 h=32 d=128",
-        lambda: headfold.selected_scores(*leaves, indices, causal=True),
-        leaves,
-    )
+    gathered()
 
 
 if __name__ == "__main__":
