@@ -22,6 +22,7 @@ from headfold.tiles import MIB
 from test_attention import Heads, assert_same, checked, public, results
 
 triton = pytest.importorskip("triton", reason="Triton is not installed")
+from headfold.backends.triton import attention_backward
 
 CPU = torch.device("cpu")
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
@@ -44,10 +45,19 @@ EACH = [
 LATENT = replace(Heads(2, 70, 66, heads=20, dim=576), v=0)
 
 
+@pytest.fixture(params=["scattered", "masked"])
+def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Take one way to the gradients of keys, whatever the shape."""
+    masked = request.param == "masked"
+    monkeypatch.setattr(attention_backward, "masks_keys", lambda *_, **__: masked)
+    return str(request.param)
+
+
 @pytest.fixture
 def small_slabs(monkeypatch: pytest.MonkeyPatch) -> None:
     """Cut small shapes into many blocks of rows, slabs and spans of picks."""
-    monkeypatch.setattr(scatter_tiles, "_SETTLED_BYTES", 500)
+    for name in ("_SETTLED_BYTES", "_ATTENTION_SETTLED_BYTES", "_MASKED_BYTES"):
+        monkeypatch.setattr(scatter_tiles, name, 700)
     monkeypatch.setattr(scatter_tiles, "_ATTENTION_SLAB_BYTES", 1600)
     monkeypatch.setattr(scatter_tiles, "_LEAST_SPAN", 5)
 
@@ -85,6 +95,7 @@ def test_float16_gradients_do_not_leave_its_range_on_the_way(size: float, v: int
     assert {n: s for n, s in spent(case, torch.float16, case.incoming() * size).items() if not s.kept} == {}
 
 
+@pytest.mark.usefixtures("way")
 @pytest.mark.parametrize(
     "case",
     [
@@ -100,7 +111,7 @@ def test_gradcheck_through_the_kernels(case: Heads) -> None:
     )
 
 
-@pytest.mark.usefixtures("small_slabs")
+@pytest.mark.usefixtures("small_slabs", "way")
 @pytest.mark.parametrize(
     "case",
     [

@@ -406,17 +406,17 @@ def _key_gradients(
         w = batch_element(weights, i)
         for block in blocks(sq, walk.block):
             picks.settle(indices, (i * sq + block[0], i * sq + block[1]), k.shape[1], ranges, g, scale)
+            scatter.rank(picks, block[1] - block[0])
             for slab in blocks(block[1] - block[0], walk.rows):
                 rows = slice(*slab)
                 for span in blocks(walk.topk, walk.span):
-                    scatter.place(picks.picks[rows], span)
                     _spread[(slab[1] - slab[0], triton.cdiv(span[1] - span[0], cut["BN"]))](
                         spread, picks.picks[rows], picks.sums[rows],
                         None if picks.largest is None else picks.largest[rows],
                         q[i], w, k[i], block[0] + slab[0], *span, walk.topk, walk.span,
                         *q[i].stride(), *strides(w, 2), *k[i].stride(), **arithmetic, **cut,
                     )  # fmt: skip
-                    scatter.collect(total.unsqueeze(0), spread, slab[1] - slab[0])
+                    scatter.collect(total.unsqueeze(0), spread, picks, slab, span)
         if cast is not None:
             dk[i] = cast
 
