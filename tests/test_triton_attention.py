@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 from dataclasses import replace
 from functools import partial
+from importlib import import_module
 from typing import Any
 
 import pytest
@@ -22,7 +23,7 @@ from headfold.tiles import MIB
 from test_attention import Heads, assert_same, checked, public, results
 
 triton = pytest.importorskip("triton", reason="Triton is not installed")
-from headfold.backends.triton import attention_backward
+attention_backward = import_module("headfold.backends.triton.attention_backward")
 
 CPU = torch.device("cpu")
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]

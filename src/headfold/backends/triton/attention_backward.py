@@ -124,6 +124,7 @@ class _Backward:
         self.reach = torch.empty(walk.block, heads, dtype=torch.float32, device=query.device) if ranged else None
         self.dsink = empty(heads).zero_()
         self.widths, self.arithmetic = widths(query, key, v_dim, self.shared), options(query, scale)
+        self.streamed = {"SIZE": streamed(dim, v_dim), "SHARED": self.shared}
         self.strides = *query.stride(), *key.stride(), *self.values.stride()
         self.scatter, self.dkeys, self.dvalues = None, None, None
         if walk.channels and (want_keys or want_values):
@@ -141,7 +142,7 @@ class _Backward:
             dq, self.top, self.share, self.mean, self.reach,
             g, self.query, self.key, self.values, self.sink, self.picks.picks,
             rows[0], self.sq, self.walk.topk, self.scale, *strides(dq, 4), *g.stride(), *self.strides,
-            **self.widths, **self.arithmetic, **tile,
+            **self.widths, **self.arithmetic, **tile, **self.streamed, STREAM=self.query.dtype.itemsize > 2,
         )  # fmt: skip
 
     def sinks(self, rows: tuple[int, int]) -> None:
@@ -183,7 +184,7 @@ class _Backward:
     ) -> None:
         walk, key_heads, heads = self.walk, self.key.shape[2], self.query.shape[2]
         tile, group, dim = cut("attention_keys", self.query, self.key), heads // key_heads, self.query.shape[3]
-        constants = {"H": heads, "GROUP": group, "D": dim, "V": self.v_dim, "SIZE": streamed(dim, self.v_dim)}
+        constants = {"H": heads, "GROUP": group, "D": dim, "V": self.v_dim, **self.streamed}
         scatter.rank(self.picks, rows[1] - rows[0])
         for slab in blocks(rows[1] - rows[0], walk.rows):
             some = slice(*slab)
@@ -194,7 +195,7 @@ class _Backward:
                     g, self.query, self.key, self.values, self.picks.picks[some],
                     rows[0] + slab[0], *span, self.sq, walk.topk, walk.span, group, self.scale,
                     *g.stride(), *self.strides, **constants, **self.arithmetic, **tile,
-                    SHARED=self.shared, MERGED=self.merged,
+                    MERGED=self.merged,
                 )  # fmt: skip
                 for total, spread in ((dk, self.dkeys), (through_values, self.dvalues)):
                     if total is not None and spread is not None:

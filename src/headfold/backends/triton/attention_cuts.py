@@ -1,4 +1,4 @@
-"""How a call of sparse attention is cut for its kernels: its tiles, and its channels into blocks, as their constants."""
+"""How a call of sparse attention is cut for its kernels: its tiles, and blocks of channels, as their constants."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def channel_blocks(width: int) -> dict[str, int]:
 
 def streamed(dim: int, v_dim: int) -> int:
     """Return the channels of a step where they stream."""
-    return min(STREAMED, max(NARROWEST, triton.next_power_of_2(max(dim, v_dim))))
+    return int(min(STREAMED, max(NARROWEST, triton.next_power_of_2(max(dim, v_dim)))))
 
 
 def cut(kernel: str, query: Tensor, key: Tensor) -> dict[str, int]:

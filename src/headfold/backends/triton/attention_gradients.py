@@ -25,6 +25,34 @@ from headfold.backends.triton.products import product
 
 
 @triton.jit
+def _stream(
+    key, keys, k_step, value, values, v_step, live, query, queries, q_step, g, outs, g_step, live_heads,
+    D: tl.constexpr, V: tl.constexpr, SIZE: tl.constexpr, SHARED: tl.constexpr, BN: tl.constexpr, BH: tl.constexpr,
+    STAGES: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
+    """Key · queryᵀ and value · gᵀ, [BN, BH] each, of rows at offsets, SIZE channels at a time."""
+    s, dp = tl.zeros((BN, BH), ACC), tl.zeros((BN, BH), ACC)
+    # Channels that keys and values may share; from there on keys alone.
+    both: tl.constexpr = (V + SIZE - 1) // SIZE * SIZE if SHARED else 0
+    for c in tl.range(0, both, SIZE, num_stages=STAGES):
+        k = some_channels(key, keys, live, k_step, c, SIZE, D)
+        q = some_channels(query, queries, live_heads, q_step, c, SIZE, D)
+        dout = some_channels(g, outs, live_heads, g_step, c, SIZE, V)
+        s = product(k, tl.trans(q), s, PRECISION, ACC, UPCAST)
+        dp = product(k, tl.trans(dout), dp, PRECISION, ACC, UPCAST)
+    for c in tl.range(both, D, SIZE, num_stages=STAGES):
+        k = some_channels(key, keys, live, k_step, c, SIZE, D)
+        q = some_channels(query, queries, live_heads, q_step, c, SIZE, D)
+        s = product(k, tl.trans(q), s, PRECISION, ACC, UPCAST)
+    if not SHARED:
+        for c in tl.range(0, V, SIZE, num_stages=STAGES):
+            v = some_channels(value, values, live, v_step, c, SIZE, V)
+            dout = some_channels(g, outs, live_heads, g_step, c, SIZE, V)
+            dp = product(v, tl.trans(dout), dp, PRECISION, ACC, UPCAST)
+    return s, dp
+
+
+@triton.jit
 def row_gradients(
     dq, top, share, mean, reach, g, query, key, value, sink, picks,
     first_row, sq, topk, scale,
@@ -33,13 +61,14 @@ def row_gradients(
     H: tl.constexpr, GROUP: tl.constexpr,
     D: tl.constexpr, DS: tl.constexpr, DN: tl.constexpr, DR: tl.constexpr, DP: tl.constexpr,
     V: tl.constexpr, VS: tl.constexpr, VN: tl.constexpr, VR: tl.constexpr, VP: tl.constexpr, REUSE: tl.constexpr,
+    SIZE: tl.constexpr, SHARED: tl.constexpr, STREAM: tl.constexpr,
     BH: tl.constexpr, BN: tl.constexpr, STAGES: tl.constexpr,
     SCALE: tl.constexpr, ACC: tl.constexpr, UPCAST: tl.constexpr, PRECISION: tl.constexpr, RANGED: tl.constexpr,
 ):  # fmt: skip
     """top, share, mean and reach [rows, H] of one row and some heads of one key head, and their dq unless it is None.
 
     top, share: p = exp(logit - top) · share.   mean: Σ p · dp, where dp = g · v.   reach: the largest |dp|, which keeps
-    float16 products in their range.
+    float16 products in their range.   STREAM: whether channels pass SIZE at a time, and are not held.
     """
     r = tl.program_id(0).to(tl.int64)
     b, row = (first_row + r) // sq, (first_row + r) % sq
@@ -50,22 +79,32 @@ def row_gradients(
     picks += r * topk
     key += b * k_batch + key_head * k_head
     value += b * v_batch + key_head * v_head
-    q = channels(query + b * q_batch + row * q_row, heads * q_head, live_heads, q_step, DS, DN, DR, D)
-    dout = channels(g + b * g_batch + row * g_row, heads * g_head, live_heads, g_step, VS, VN, VR, V)
+    query += b * q_batch + row * q_row
+    g += b * g_batch + row * g_row
+    queries, outs = heads * q_head, heads * g_head
+    if not STREAM:
+        q = channels(query, queries, live_heads, q_step, DS, DN, DR, D)
+        dout = channels(g, outs, live_heads, g_step, VS, VN, VR, V)
     times = factor(scale, SCALE, ACC)
     largest, terms = begin(sink, heads, live_heads, BN, BH, ACC)
     middles = tl.zeros((BN, BH), ACC)
     far = tl.zeros((BH,), tl.float32)
     for j0 in tl.range(0, topk, BN, num_stages=STAGES):
         t, live = settled(picks, j0 + tl.arange(0, BN), topk)
-        k = channels(key, t * k_key, live, k_step, DS, DN, DR, D)
-        if REUSE:
-            v = k
+        if STREAM:
+            s, dp = _stream(
+                key, t * k_key, k_step, value, t * v_key, v_step, live, query, queries, q_step, g, outs, g_step,
+                live_heads, D, V, SIZE, SHARED, BN, BH, STAGES, PRECISION, ACC, UPCAST,
+            )  # fmt: skip
         else:
-            v = channels(value, t * v_key, live, v_step, VS, VN, VR, V)
-        s = products(k, q, DP, PRECISION, ACC, UPCAST) * times
-        dp = products(v, dout, VP, PRECISION, ACC, UPCAST)
-        p, shrink, largest = advance(tl.where(live[:, None], s, float("-inf")), largest)
+            k = channels(key, t * k_key, live, k_step, DS, DN, DR, D)
+            if REUSE:
+                v = k
+            else:
+                v = channels(value, t * v_key, live, v_step, VS, VN, VR, V)
+            s = products(k, q, DP, PRECISION, ACC, UPCAST)
+            dp = products(v, dout, VP, PRECISION, ACC, UPCAST)
+        p, shrink, largest = advance(tl.where(live[:, None], s * times, float("-inf")), largest)
         terms = terms * shrink[None, :] + p
         middles = middles * shrink[None, :] + tl.where(live[:, None], p * dp, 0.0)
         if RANGED:
@@ -85,14 +124,22 @@ def row_gradients(
         acc = zeros(BH, DS, DN, DR, ACC, True)
         for j0 in tl.range(0, topk, BN, num_stages=STAGES):
             t, live = settled(picks, j0 + tl.arange(0, BN), topk)
-            k = channels(key, t * k_key, live, k_step, DS, DN, DR, D)
-            if REUSE:
-                v = k
+            if STREAM:
+                s, dp = _stream(
+                    key, t * k_key, k_step, value, t * v_key, v_step, live, query, queries, q_step, g, outs, g_step,
+                    live_heads, D, V, SIZE, SHARED, BN, BH, STAGES, PRECISION, ACC, UPCAST,
+                )  # fmt: skip
+                k = channels(key, t * k_key, live, k_step, DS, DN, DR, D)
             else:
-                v = channels(value, t * v_key, live, v_step, VS, VN, VR, V)
-            s = products(k, q, DP, PRECISION, ACC, UPCAST) * times
-            p = tl.exp(tl.where(live[:, None], s, float("-inf")) - base[None, :]) * part[None, :]
-            ds = products(v, dout, VP, PRECISION, ACC, UPCAST) - middle[None, :]
+                k = channels(key, t * k_key, live, k_step, DS, DN, DR, D)
+                if REUSE:
+                    v = k
+                else:
+                    v = channels(value, t * v_key, live, v_step, VS, VN, VR, V)
+                s = products(k, q, DP, PRECISION, ACC, UPCAST)
+                dp = products(v, dout, VP, PRECISION, ACC, UPCAST)
+            p = tl.exp(tl.where(live[:, None], s * times, float("-inf")) - base[None, :]) * part[None, :]
+            ds = dp - middle[None, :]
             if RANGED:
                 ds = ds / by
             ds = rounded(tl.where(live[:, None], p * ds, 0.0), key.dtype.element_ty, UPCAST)
@@ -106,13 +153,13 @@ def row_gradients(
 
 @triton.jit
 def _below(rows, x, limit):
-    """x < limit, for every row."""
+    """X < limit, for every row."""
     return tl.zeros(rows.shape, tl.int32) + x < limit
 
 
 @triton.jit
 def _write(x, sums, rows, live, first, again, SIZE: tl.constexpr, WIDTH: tl.constexpr, AGAIN: tl.constexpr):
-    """Write sums [rows, SIZE] as channels from `first` on of the rows of x; add them where that is not the first time."""
+    """Write sums [rows, SIZE] as channels from `first` on of rows of x; add them where that happens again."""
     c = first + tl.arange(0, SIZE)
     at = x + (rows * WIDTH)[:, None] + c[None, :]
     mask = live[:, None] & (c < WIDTH)[None, :]
@@ -145,12 +192,11 @@ def spread_gradients(
     rows = (r * tl.num_programs(2) + key_head) * span + (j - first_pick)
     keys = t * k_key
     key += b * k_batch + key_head * k_head
+    value += b * v_batch + key_head * v_head
     query += b * q_batch + row * q_row + key_head * GROUP * q_head
     g += b * g_batch + row * g_row + key_head * GROUP * g_head
     held = r * H + key_head * GROUP
     times = factor(scale, SCALE, ACC)
-    # Channels that keys and values may share; from there on keys alone.
-    BOTH: tl.constexpr = (V + SIZE - 1) // SIZE * SIZE if SHARED else 0
     by = tl.full((), 1.0, tl.float32)
     if RANGED:
         far = tl.zeros((BH,), tl.float32)
@@ -163,23 +209,10 @@ def spread_gradients(
         within = h0 + tl.arange(0, BH)
         heads, live_heads = within.to(tl.int64), within < GROUP
         queries, outs = heads * q_head, heads * g_head
-        s, dp = tl.zeros((BN, BH), ACC), tl.zeros((BN, BH), ACC)
-        for c in tl.range(0, BOTH, SIZE, num_stages=STAGES):
-            k = some_channels(key, keys, live, k_step, c, SIZE, D)
-            q = some_channels(query, queries, live_heads, q_step, c, SIZE, D)
-            dout = some_channels(g, outs, live_heads, g_step, c, SIZE, V)
-            s = product(k, tl.trans(q), s, PRECISION, ACC, UPCAST)
-            dp = product(k, tl.trans(dout), dp, PRECISION, ACC, UPCAST)
-        for c in tl.range(BOTH, D, SIZE, num_stages=STAGES):
-            k = some_channels(key, keys, live, k_step, c, SIZE, D)
-            q = some_channels(query, queries, live_heads, q_step, c, SIZE, D)
-            s = product(k, tl.trans(q), s, PRECISION, ACC, UPCAST)
-        if not SHARED:
-            values, channels_of = t * v_key, value + b * v_batch + key_head * v_head
-            for c in tl.range(0, V, SIZE, num_stages=STAGES):
-                v = some_channels(channels_of, values, live, v_step, c, SIZE, V)
-                dout = some_channels(g, outs, live_heads, g_step, c, SIZE, V)
-                dp = product(v, tl.trans(dout), dp, PRECISION, ACC, UPCAST)
+        s, dp = _stream(
+            key, keys, k_step, value, t * v_key, v_step, live, query, queries, q_step, g, outs, g_step, live_heads,
+            D, V, SIZE, SHARED, BN, BH, STAGES, PRECISION, ACC, UPCAST,
+        )  # fmt: skip
         base = tl.load(top + held + within, mask=live_heads, other=0.0)
         part = tl.load(share + held + within, mask=live_heads, other=0.0)
         middle = tl.load(mean + held + within, mask=live_heads, other=0.0)
@@ -307,7 +340,7 @@ def _add(
     UPCAST: tl.constexpr,
     RANGED: tl.constexpr,
 ):
-    """sums + a · x by blocks of channels. Rows differ in size: float16 has no range for them, TF32 has, and its digits."""
+    """Add a · x to sums by blocks of channels. float16 has no range for rows of all sizes: TF32 has, and its digits."""
     more = ()
     for i in tl.static_range(PARTS):
         if RANGED:

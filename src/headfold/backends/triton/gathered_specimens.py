@@ -38,8 +38,8 @@ def specimens(arch: str) -> Iterator[Specimen]:
     yield from _scatters()
     for row in TABLE:
         if row.kernel in KERNELS and row.arch in (arch, "*"):
-            for dtype, kind in KINDS.items():
-                if kind == row.dtype or row.dtype == "*":
+            for dtype in KINDS:
+                if row.takes(dtype):
                     yield gathered_specimen(row, dtype)
                     if row.kernel == "attention_masked":
                         yield gathered_specimen(row, dtype, values=True)
@@ -89,8 +89,8 @@ def gathered_specimen(
         else:
             constants[scale] = None
     label = f"{row.kernel} {str(dtype).removeprefix('torch.')} h={h} d={d}{' values' if values else ''}"
-    matrix = row.dtype == "half"
-    narrow = max(constants["BH"], row.keys) < WIDE_PRODUCT
+    matrix = dtype.itemsize == 2
+    narrow = row.keys < WIDE_PRODUCT
     sizes = row.warps, row.stages
     return _described(label, KERNELS[row.kernel], pointers, constants, *sizes, matrix=matrix, narrow=narrow)
 
@@ -99,7 +99,12 @@ def _attention_constants(row: Row, dtype: torch.dtype, h: int, d: int, v: int) -
     keys, values, shared = channel_blocks(d), channel_blocks(v), d == 576
     named = {f"D{n}": x for n, x in keys.items()} | {f"V{n}": x for n, x in values.items()}
     constants: dict[str, Any] = {**named, "H": h, "GROUP": h, "D": d, "V": v, "SIZE": streamed(d, v), "sink": None}
-    constants |= {"REUSE": shared, "SHARED": shared, "MERGED": shared and dtype != torch.float16}
+    constants |= {
+        "REUSE": shared,
+        "SHARED": shared,
+        "STREAM": dtype.itemsize > 2,
+        "MERGED": shared and dtype != torch.float16,
+    }
     if constants["MERGED"]:
         constants["dvalues"] = None
     heads = min(row.rows, 1 << (h - 1).bit_length())

@@ -118,7 +118,7 @@ def _ones(x):
 
 @triton.jit
 def _rank(places, before, picks, bitmap, topk, words, BLOCK: tl.constexpr):
-    """One row: how many of its picks come before each word of its bitmap; and where its n-th key stands in its picks."""
+    """One row: how many keys come before each word of its bitmap; and where in its picks the n-th key stands."""
     r = tl.program_id(0).to(tl.int64)
     picks += r * topk
     places += r * topk

@@ -1,7 +1,7 @@
 """Tiles as data: one row a kernel, architecture, dtype, width and number of heads. Correct a row, and nothing else.
 
-A row is for a kernel, a chip ("*": any), a dtype ("half": float16 and bfloat16), widths up to d and up to h heads. What
-it says:
+A row is for a kernel, a chip ("*": any), a dtype (its own, or "half": float16 and bfloat16), widths up to d and up to
+h heads. What it says:
 
     rows             query rows x heads of one program's tile; more heads than that are several launches
     keys             keys of the tile
@@ -17,6 +17,7 @@ import torch
 from headfold.contract import UnsupportedError
 
 ANY = 1 << 30
+KINDS = {torch.float16: "half", torch.bfloat16: "half", torch.float32: "float32", torch.float64: "float64"}
 
 
 class Row(NamedTuple):
@@ -31,6 +32,10 @@ class Row(NamedTuple):
     keys: int
     warps: int
     stages: int
+
+    def takes(self, dtype: torch.dtype) -> bool:
+        """Whether the row is for inputs of a dtype."""
+        return self.dtype in (KINDS[dtype], str(dtype).removeprefix("torch."), "*")
 
 
 # Read off the compile lane: no spills, shared memory within the chip, tensor cores in use (docs/kernels.md). The first
@@ -107,9 +112,10 @@ TABLE = (
     Row("attention", "sm_90", "half", 576, ANY, 32, 64, 8, 2),
     Row("attention_rows", "sm_90", "half", 576, ANY, 16, 64, 8, 2),
     Row("attention_keys", "sm_90", "half", 576, 16, 16, 64, 4, 2),
-    Row("attention_keys", "sm_90", "half", 576, ANY, 128, 64, 8, 2),
-    Row("attention_masked", "sm_90", "half", 128, ANY, 64, 64, 4, 2),
-    Row("attention_masked", "sm_90", "half", 256, ANY, 32, 64, 8, 1),
+    Row("attention_keys", "sm_90", "bfloat16", 576, ANY, 128, 64, 8, 2),
+    Row("attention_keys", "sm_90", "half", 576, ANY, 64, 64, 8, 2),
+    Row("attention_masked", "sm_90", "half", 128, ANY, 32, 64, 4, 2),
+    Row("attention_masked", "sm_90", "half", 256, ANY, 16, 64, 8, 2),
     Row("selected_scores", "sm_100", "half", 128, ANY, 64, 64, 4, 2),
     Row("selected_scores", "sm_100", "half", 256, ANY, 64, 64, 4, 2),
     Row("selected_rows", "sm_100", "half", 128, ANY, 64, 64, 4, 2),
@@ -123,9 +129,9 @@ TABLE = (
     Row("attention", "sm_100", "half", 576, ANY, 32, 64, 8, 2),
     Row("attention_rows", "sm_100", "half", 576, ANY, 16, 64, 8, 2),
     Row("attention_keys", "sm_100", "half", 576, 16, 16, 64, 4, 2),
-    Row("attention_keys", "sm_100", "half", 576, ANY, 128, 64, 8, 2),
-    Row("attention_masked", "sm_100", "half", 128, ANY, 64, 64, 4, 2),
-    Row("attention_masked", "sm_100", "half", 256, ANY, 64, 64, 8, 2),
+    Row("attention_keys", "sm_100", "half", 576, ANY, 128, 64, 8, 1),
+    Row("attention_masked", "sm_100", "half", 128, ANY, 64, 64, 8, 2),
+    Row("attention_masked", "sm_100", "half", 256, ANY, 32, 64, 8, 2),
     Row("selected_scores", "gfx942", "half", 128, ANY, 64, 64, 4, 1),
     Row("selected_scores", "gfx942", "half", 256, ANY, 64, 64, 4, 1),
     Row("selected_rows", "gfx942", "half", 128, ANY, 32, 64, 4, 1),
@@ -135,13 +141,13 @@ TABLE = (
     Row("attention", "gfx942", "half", 128, ANY, 16, 64, 4, 1),
     Row("attention", "gfx942", "half", 256, ANY, 16, 64, 8, 1),
     Row("attention_rows", "gfx942", "half", 128, ANY, 16, 64, 4, 1),
-    Row("attention_rows", "gfx942", "half", 256, ANY, 16, 64, 8, 1),
+    Row("attention_rows", "gfx942", "half", 256, ANY, 16, 64, 4, 1),
     Row("attention", "gfx942", "half", 576, ANY, 16, 32, 8, 1),
-    Row("attention_rows", "gfx942", "half", 576, ANY, 16, 32, 8, 1),
+    Row("attention_rows", "gfx942", "half", 576, ANY, 16, 32, 4, 1),
     Row("attention_keys", "gfx942", "half", 576, 16, 16, 64, 4, 1),
     Row("attention_keys", "gfx942", "half", 576, ANY, 128, 64, 8, 1),
     Row("attention_masked", "gfx942", "half", 128, ANY, 64, 64, 4, 1),
-    Row("attention_masked", "gfx942", "half", 256, ANY, 64, 64, 8, 1),
+    Row("attention_masked", "gfx942", "half", 256, ANY, 32, 64, 4, 1),
     Row("selected_scores", "*", "float32", 256, ANY, 16, 16, 8, 1),
     Row("selected_scores", "*", "float64", 256, ANY, 16, 16, 8, 1),
     Row("selected_rows", "*", "float32", 256, ANY, 16, 16, 8, 1),
@@ -201,16 +207,14 @@ TABLE = (
     Row("compare", "cpu", "*", ANY, ANY, 1, 64, 4, 1),
     Row("compare", "*", "*", ANY, ANY, 1, 1024, 4, 1),
 )
-KINDS = {torch.float16: "half", torch.bfloat16: "half", torch.float32: "float32", torch.float64: "float64"}
 
 
 def tile(kernel: str, arch: str, dtype: torch.dtype, d: int, h: int = 1) -> Row:
     """Return the row of a call.   arch: as `arch_of` names it."""
-    kind = KINDS[dtype]
     for row in TABLE:
-        if row.kernel == kernel and row.arch in (arch, "*") and row.dtype in (kind, "*") and d <= row.d and h <= row.h:
+        if row.kernel == kernel and row.arch in (arch, "*") and row.takes(dtype) and d <= row.d and h <= row.h:
             return row
-    raise UnsupportedError(f'{kernel}: has no tile for {arch}, {kind}, d={d}, h={h}. Use impl="eager".')
+    raise UnsupportedError(f'{kernel}: has no tile for {arch}, {KINDS[dtype]}, d={d}, h={h}. Use impl="eager".')
 
 
 def arch_of(device: torch.device) -> str:
