@@ -30,7 +30,7 @@ def _stream(
     D: tl.constexpr, V: tl.constexpr, SIZE: tl.constexpr, SHARED: tl.constexpr, BN: tl.constexpr, BH: tl.constexpr,
     STAGES: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """Key · queryᵀ and value · gᵀ, [BN, BH] each, of rows at offsets, SIZE channels at a time."""
+    """key · queryᵀ and value · gᵀ, [BN, BH] each, of rows at offsets, SIZE channels at a time."""
     s, dp = tl.zeros((BN, BH), ACC), tl.zeros((BN, BH), ACC)
     # Channels that keys and values may share; from there on keys alone.
     both: tl.constexpr = (V + SIZE - 1) // SIZE * SIZE if SHARED else 0
@@ -153,7 +153,7 @@ def row_gradients(
 
 @triton.jit
 def _below(rows, x, limit):
-    """X < limit, for every row."""
+    """x < limit, for every row."""
     return tl.zeros(rows.shape, tl.int32) + x < limit
 
 

@@ -32,13 +32,14 @@ def some_channels(x, rows, live, step, first, SIZE: tl.constexpr, WIDTH: tl.cons
     at = x + rows[:, None] + (c.to(tl.int64) * step)[None, :]
     if WIDTH % SIZE == 0:
         return tl.load(at, mask=live[:, None], other=0.0)
-    return tl.load(at, mask=live[:, None] & (c < WIDTH)[None, :], other=0.0)
+    else:
+        return tl.load(at, mask=live[:, None] & (c < WIDTH)[None, :], other=0.0)
 
 
 @triton.jit
 def store(x, rows, live, step, parts, SIZE: tl.constexpr, COUNT: tl.constexpr, REST: tl.constexpr, WIDTH: tl.constexpr,
           UPCAST: tl.constexpr, TURNED: tl.constexpr):  # fmt: skip
-    """Store blocks of channels [rows, SIZE], or transposed where TURNED, as `_parts` loads them."""
+    """Store blocks of channels [rows, SIZE], or transposed where TURNED, as `channels` loads them."""
     for i in tl.static_range(COUNT):
         y = rounded(parts[i], x.dtype.element_ty, UPCAST)
         put(x, rows, live, step, tl.trans(y) if TURNED else y, i * SIZE, SIZE, WIDTH)
@@ -70,7 +71,7 @@ def scaled(parts, factor, PARTS: tl.constexpr):
 
 @triton.jit
 def products(a, b, PARTS: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr, UPCAST: tl.constexpr):
-    """A · bᵀ over their blocks of channels."""
+    """a · bᵀ over their blocks of channels."""
     x = tl.zeros((a[0].shape[0], b[0].shape[0]), ACC)
     for i in tl.static_range(PARTS):
         x = product(a[i], tl.trans(b[i]), x, PRECISION, ACC, UPCAST)
@@ -88,7 +89,7 @@ def onto(
     ACC: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
-    """Sums + a [n, m] · x [m, d] by blocks of channels; where TURNED sums + xᵀ · a, with a [m, n]."""
+    """sums + a [n, m] · x [m, d] by blocks of channels; where TURNED sums + xᵀ · a, with a [m, n]."""
     more = ()
     for i in tl.static_range(PARTS):
         if TURNED:
@@ -111,11 +112,12 @@ def begin(sink, heads, live, BN: tl.constexpr, BH: tl.constexpr, ACC: tl.constex
     """The largest logit [BH] and the terms [BN, BH] of a softmax that holds the sink alone, or nothing."""
     if sink is None:
         return tl.full((BH,), float("-inf"), ACC), tl.zeros((BN, BH), ACC)
-    largest = tl.load(sink + heads, mask=live, other=float("-inf")).to(ACC)
-    none = largest == float("-inf")
-    base = tl.where(none, 0.0, largest)
-    term = tl.where(none, 0.0, tl.exp(base - base))  # NaN where the sink is infinite
-    return largest, tl.where((tl.arange(0, BN) == 0)[:, None], term[None, :], 0.0)
+    else:
+        largest = tl.load(sink + heads, mask=live, other=float("-inf")).to(ACC)
+        none = largest == float("-inf")
+        base = tl.where(none, 0.0, largest)
+        term = tl.where(none, 0.0, tl.exp(base - base))  # NaN where the sink is infinite
+        return largest, tl.where((tl.arange(0, BN) == 0)[:, None], term[None, :], 0.0)
 
 
 @triton.jit
