@@ -15,7 +15,7 @@ from headfold.backends.eager.attention import rows_like
 from headfold.backends.triton.attention_backward import backward_tile
 from headfold.backends.triton.attention_cuts import cut, widths
 from headfold.backends.triton.attention_kernels import attend
-from headfold.backends.triton.operands import options
+from headfold.backends.triton.operands import options, streamed
 from headfold.backends.triton.picks import Picks
 from headfold.contract import compute_dtype
 from headfold.scatter_tiles import ScatterTile
@@ -70,6 +70,7 @@ def sparse_attention(
             out, lse, query, key, values, sink, picks.picks, rows[0], sq, walk.topk, scale,
             *out.stride(), *query.stride(), *key.stride(), *values.stride(),
             **widths(query, key, v_dim, value is None), **tile, **options(query, scale),
+            SIZE=streamed(query.shape[3]), STREAM=query.dtype.itemsize > 2,
         )  # fmt: skip
     return out, lse
 

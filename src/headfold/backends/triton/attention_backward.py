@@ -12,14 +12,14 @@ import triton
 from torch import Tensor
 
 from headfold.backends.eager.attention import heads_apart
-from headfold.backends.triton.attention_cuts import cut, masked_cut, streamed, widths
+from headfold.backends.triton.attention_cuts import cut, masked_cut, widths
 from headfold.backends.triton.attention_gradients import (
     masked_gradients,
     row_gradients,
     sink_gradients,
     spread_gradients,
 )
-from headfold.backends.triton.operands import options
+from headfold.backends.triton.operands import options, streamed
 from headfold.backends.triton.picks import Picks, Scatter, strides
 from headfold.contract import compute_dtype
 from headfold.scatter_tiles import ScatterTile, masks_keys
@@ -124,7 +124,7 @@ class _Backward:
         self.reach = torch.empty(walk.block, heads, dtype=torch.float32, device=query.device) if ranged else None
         self.dsink = empty(heads).zero_()
         self.widths, self.arithmetic = widths(query, key, v_dim, self.shared), options(query, scale)
-        self.streamed = {"SIZE": streamed(dim, v_dim), "SHARED": self.shared}
+        self.streamed = {"SIZE": streamed(max(dim, v_dim)), "SHARED": self.shared}
         self.strides = *query.stride(), *key.stride(), *self.values.stride()
         self.scatter, self.dkeys, self.dvalues = None, None, None
         if walk.channels and (want_keys or want_values):

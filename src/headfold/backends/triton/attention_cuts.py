@@ -8,8 +8,8 @@ from torch import Tensor
 from headfold.backends.triton.products import NARROWEST, pieces
 from headfold.backends.triton.table import arch_of, tile
 
-# Channels of a block at most, where all are held; where they stream, of a step.
-WIDEST, STREAMED = 128, 64
+# Channels of a block at most.
+WIDEST = 128
 
 
 def widths(query: Tensor, key: Tensor, v_dim: int, shared: bool) -> dict[str, int | bool]:
@@ -28,11 +28,6 @@ def channel_blocks(width: int) -> dict[str, int]:
     first, rest = pieces(width)
     size = min(first, WIDEST)
     return {"S": size, "N": first // size, "R": rest, "P": first // size + (rest > 0)}
-
-
-def streamed(dim: int, v_dim: int) -> int:
-    """Return the channels of a step where they stream."""
-    return int(min(STREAMED, max(NARROWEST, triton.next_power_of_2(max(dim, v_dim)))))
 
 
 def cut(kernel: str, query: Tensor, key: Tensor) -> dict[str, int]:

@@ -16,11 +16,10 @@ from headfold.backends.triton.attention_parts import (
     products,
     scaled,
     settled,
-    some_channels,
     store,
     zeros,
 )
-from headfold.backends.triton.operands import factor, power_of_two, rounded
+from headfold.backends.triton.operands import factor, meet, power_of_two, rounded, some_channels
 from headfold.backends.triton.products import product
 
 
@@ -45,10 +44,10 @@ def _stream(
         q = some_channels(query, queries, live_heads, q_step, c, SIZE, D)
         s = product(k, tl.trans(q), s, PRECISION, ACC, UPCAST)
     if not SHARED:
-        for c in tl.range(0, V, SIZE, num_stages=STAGES):
-            v = some_channels(value, values, live, v_step, c, SIZE, V)
-            dout = some_channels(g, outs, live_heads, g_step, c, SIZE, V)
-            dp = product(v, tl.trans(dout), dp, PRECISION, ACC, UPCAST)
+        dp = meet(
+            value, values, live, v_step, g, outs, live_heads, g_step,
+            V, SIZE, BN, BH, STAGES, PRECISION, ACC, UPCAST,
+        )  # fmt: skip
     return s, dp
 
 
@@ -129,7 +128,6 @@ def row_gradients(
                     key, t * k_key, k_step, value, t * v_key, v_step, live, query, queries, q_step, g, outs, g_step,
                     live_heads, D, V, SIZE, SHARED, BN, BH, STAGES, PRECISION, ACC, UPCAST,
                 )  # fmt: skip
-                k = channels(key, t * k_key, live, k_step, DS, DN, DR, D)
             else:
                 k = channels(key, t * k_key, live, k_step, DS, DN, DR, D)
                 if REUSE:
@@ -143,6 +141,8 @@ def row_gradients(
             if RANGED:
                 ds = ds / by
             ds = rounded(tl.where(live[:, None], p * ds, 0.0), key.dtype.element_ty, UPCAST)
+            if STREAM:
+                k = channels(key, t * k_key, live, k_step, DS, DN, DR, D)
             acc = onto(ds, k, acc, DP, True, PRECISION, ACC, UPCAST)
         if RANGED:
             acc = scaled(acc, by, DP)

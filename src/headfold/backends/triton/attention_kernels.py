@@ -16,7 +16,7 @@ from headfold.backends.triton.attention_parts import (
     store,
     zeros,
 )
-from headfold.backends.triton.operands import factor, rounded
+from headfold.backends.triton.operands import factor, meet, rounded
 
 
 @triton.jit
@@ -28,10 +28,13 @@ def attend(
     H: tl.constexpr, GROUP: tl.constexpr,
     D: tl.constexpr, DS: tl.constexpr, DN: tl.constexpr, DR: tl.constexpr, DP: tl.constexpr,
     V: tl.constexpr, VS: tl.constexpr, VN: tl.constexpr, VR: tl.constexpr, VP: tl.constexpr, REUSE: tl.constexpr,
-    BH: tl.constexpr, BN: tl.constexpr, STAGES: tl.constexpr,
+    SIZE: tl.constexpr, STREAM: tl.constexpr, BH: tl.constexpr, BN: tl.constexpr, STAGES: tl.constexpr,
     SCALE: tl.constexpr, ACC: tl.constexpr, UPCAST: tl.constexpr, PRECISION: tl.constexpr, RANGED: tl.constexpr,
 ):  # fmt: skip
-    """out [BH, V] and lse [BH] of one row and some heads of one key head."""
+    """out [BH, V] and lse [BH] of one row and some heads of one key head.
+
+    STREAM: whether channels of queries and keys pass SIZE at a time on their way to the logits, and are not held.
+    """
     r = tl.program_id(0).to(tl.int64)
     b, row = (first_row + r) // sq, (first_row + r) % sq
     per_head: tl.constexpr = (GROUP + BH - 1) // BH
@@ -41,19 +44,28 @@ def attend(
     picks += r * topk
     key += b * k_batch + key_head * k_head
     value += b * v_batch + key_head * v_head
-    q = channels(query + b * q_batch + row * q_row, heads * q_head, live_heads, q_step, DS, DN, DR, D)
+    query += b * q_batch + row * q_row
+    if not STREAM:
+        q = channels(query, heads * q_head, live_heads, q_step, DS, DN, DR, D)
     times = factor(scale, SCALE, ACC)
     # Terms are added up entry by entry, and over the keys of a block but once, at the end.
     largest, terms = begin(sink, heads, live_heads, BN, BH, ACC)
     acc = zeros(BH, VS, VN, VR, ACC, True)
     for j0 in tl.range(0, topk, BN, num_stages=STAGES):
         t, live = settled(picks, j0 + tl.arange(0, BN), topk)
-        k = channels(key, t * k_key, live, k_step, DS, DN, DR, D)
-        s = products(k, q, DP, PRECISION, ACC, UPCAST) * times
+        if STREAM:
+            s = meet(
+                key, t * k_key, live, k_step, query, heads * q_head, live_heads, q_step,
+                D, SIZE, BN, BH, STAGES, PRECISION, ACC, UPCAST,
+            )  # fmt: skip
+        else:
+            k = channels(key, t * k_key, live, k_step, DS, DN, DR, D)
+            s = products(k, q, DP, PRECISION, ACC, UPCAST)
+        s = s * times
         p, shrink, largest = advance(tl.where(live[:, None], s, float("-inf")), largest)
         terms = terms * shrink[None, :] + p
         p = rounded(p, key.dtype.element_ty, UPCAST)
-        if REUSE:
+        if REUSE and not STREAM:
             v = k
         else:
             v = channels(value, t * v_key, live, v_step, VS, VN, VR, V)

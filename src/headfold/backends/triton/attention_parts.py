@@ -26,17 +26,6 @@ def channels(
 
 
 @triton.jit
-def some_channels(x, rows, live, step, first, SIZE: tl.constexpr, WIDTH: tl.constexpr):
-    """Load [rows, SIZE] channels from a multiple of SIZE on, as `matrix` does from a constant."""
-    c = first + tl.arange(0, SIZE)
-    at = x + rows[:, None] + (c.to(tl.int64) * step)[None, :]
-    if WIDTH % SIZE == 0:
-        return tl.load(at, mask=live[:, None], other=0.0)
-    else:
-        return tl.load(at, mask=live[:, None] & (c < WIDTH)[None, :], other=0.0)
-
-
-@triton.jit
 def store(x, rows, live, step, parts, SIZE: tl.constexpr, COUNT: tl.constexpr, REST: tl.constexpr, WIDTH: tl.constexpr,
           UPCAST: tl.constexpr, TURNED: tl.constexpr):  # fmt: skip
     """Store blocks of channels [rows, SIZE], or transposed where TURNED, as `channels` loads them."""

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from headfold.backends.triton.operands import factor, matrix, options, power_of_two, put, rounded
+from headfold.backends.triton.operands import factor, matrix, meet, options, power_of_two, put, rounded, streamed
 from headfold.backends.triton.picks import Picks, Scatter, picked, strides
 from headfold.backends.triton.products import NARROWEST, pieces, product
 from headfold.backends.triton.table import arch_of, tile
@@ -84,9 +84,13 @@ def _scores(
     i_batch, i_row, i_step, start_batch, start_step, end_batch, end_step, bias_batch, bias_row, bias_step,
     H: tl.constexpr, D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, BH: tl.constexpr, BN: tl.constexpr,
     BLOCKS: tl.constexpr, STAGES: tl.constexpr, RELU: tl.constexpr, RATIO: tl.constexpr, STATIC: tl.constexpr,
+    SIZE: tl.constexpr, STREAM: tl.constexpr,
     SCALE: tl.constexpr, ACC: tl.constexpr, UPCAST: tl.constexpr, PRECISION: tl.constexpr, RANGED: tl.constexpr,
 ):  # fmt: skip
-    """Scores of one row at BLOCKS blocks of its picks."""
+    """Scores of one row at BLOCKS blocks of its picks.
+
+    STREAM: whether channels of queries and keys pass SIZE at a time, and are not held.
+    """
     row, b = tl.program_id(0).to(tl.int64), tl.program_id(2).to(tl.int64)
     first = tl.program_id(1) * (BLOCKS * BN)
     q += b * q_batch + row * q_row
@@ -106,19 +110,32 @@ def _scores(
     within = tl.arange(0, BH)
     heads, live_heads = within.to(tl.int64), within < H
     if RELU:
-        q0, q1 = _queries(q, heads, live_heads, q_head, q_step, D, D0, D1)
-        factors = _weights(w, heads, live_heads, w_head, ACC)
+        if not STREAM:
+            q0, q1 = _queries(q, heads, live_heads, q_head, q_step, D, D0, D1)
+            factors = _weights(w, heads, live_heads, w_head, ACC)
     else:
         f0, f1 = _folded(q, w, q_head, q_step, w_head, H, D, D0, D1, BH, ACC)
     for j0 in tl.range(first, tl.minimum(first + BLOCKS * BN, topk), BN, num_stages=STAGES):
         j = j0 + tl.arange(0, BN)
         t, live, added = picked(indices, j, topk, i_step, lo, hi, bias, bias_step)
-        k0 = matrix(k, t * k_key, live, k_step, 0, D0, D)
-        if D1 > 0:
-            k1 = matrix(k, t * k_key, live, k_step, D0, D1, D)
-        else:
-            k1 = k0
-        if RELU:
+        if not (RELU and STREAM):
+            k0 = matrix(k, t * k_key, live, k_step, 0, D0, D)
+            if D1 > 0:
+                k1 = matrix(k, t * k_key, live, k_step, D0, D1, D)
+            else:
+                k1 = k0
+        if RELU and STREAM:
+            scores = tl.zeros((BN,), ACC)
+            for h0 in range(0, H, BH):
+                more = (h0 + within).to(tl.int64)
+                live_more = h0 + within < H
+                s = meet(
+                    k, t * k_key, live, k_step, q, more * q_head, live_more, q_step,
+                    D, SIZE, BN, BH, STAGES, PRECISION, ACC, UPCAST,
+                )  # fmt: skip
+                s = tl.where(s < 0, 0.0, s) * _weights(w, more, live_more, w_head, ACC)[None, :]
+                scores += tl.sum(tl.where(live_more[None, :], s, 0.0), 1)
+        elif RELU:
             s = _logits(k0, k1, q0, q1, D1, PRECISION, ACC, UPCAST)
             # NaN is not below zero, and a padded head has no part even in a key that is infinite.
             s = tl.where(s < 0, 0.0, s) * factors[None, :]
@@ -342,6 +359,7 @@ def selected_scores(
         *q.stride(), *strides(weights, 3), *k.stride(), *indices.stride(),
         *bound_strides(start), *bound_strides(end), *bias_strides(bias),
         **cut, **options(q, scale), BLOCKS=PICK_BLOCKS, RELU=relu, RATIO=ratio, STATIC=offset is not None,
+        SIZE=streamed(q.shape[3]), STREAM=q.dtype.itemsize > 2,
     )  # fmt: skip
     return out
 

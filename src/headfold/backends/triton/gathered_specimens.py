@@ -9,8 +9,9 @@ import torch
 import triton.language as tl
 
 from headfold.backends.triton import attention_backward, attention_gradients, attention_kernels, gathered, picks
-from headfold.backends.triton.attention_cuts import channel_blocks, streamed
+from headfold.backends.triton.attention_cuts import channel_blocks
 from headfold.backends.triton.compiling import Specimen
+from headfold.backends.triton.operands import streamed
 from headfold.backends.triton.products import NARROWEST, pieces
 from headfold.backends.triton.table import KINDS, TABLE, Row
 
@@ -72,6 +73,7 @@ def gathered_specimen(
     else:
         d0, d1 = pieces(d)
         constants |= {"H": h, "D": d, "D0": d0, "D1": d1, "RELU": True, "RATIO": 1, "STATIC": True}
+        constants |= {"SIZE": streamed(d), "STREAM": dtype.itemsize > 2}
         constants |= {"BLOCKS": gathered.PICK_BLOCKS, "start": None, "end": None, "bias": None}
     name, compute = POINTERS[dtype], "fp64" if wide == tl.float64 else "fp32"
     pointers = dict.fromkeys("query key value q k w g dq dw out".split(), name)
@@ -98,7 +100,7 @@ def gathered_specimen(
 def _attention_constants(row: Row, dtype: torch.dtype, h: int, d: int, v: int) -> dict[str, Any]:
     keys, values, shared = channel_blocks(d), channel_blocks(v), d == 576
     named = {f"D{n}": x for n, x in keys.items()} | {f"V{n}": x for n, x in values.items()}
-    constants: dict[str, Any] = {**named, "H": h, "GROUP": h, "D": d, "V": v, "SIZE": streamed(d, v), "sink": None}
+    constants: dict[str, Any] = {**named, "H": h, "GROUP": h, "D": d, "V": v, "SIZE": streamed(max(d, v)), "sink": None}
     constants |= {
         "REUSE": shared,
         "SHARED": shared,
