@@ -135,8 +135,9 @@ def row_gradients(
                 else:
                     v = channels(value, t * v_key, live, v_step, VS, VN, VR, V)
                 s = products(k, q, DP, PRECISION, ACC, UPCAST)
-                dp = products(v, dout, VP, PRECISION, ACC, UPCAST)
             p = tl.exp(tl.where(live[:, None], s * times, float("-inf")) - base[None, :]) * part[None, :]
+            if not STREAM:
+                dp = products(v, dout, VP, PRECISION, ACC, UPCAST)
             ds = dp - middle[None, :]
             if RANGED:
                 ds = ds / by

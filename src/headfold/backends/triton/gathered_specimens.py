@@ -13,7 +13,7 @@ from headfold.backends.triton.attention_cuts import channel_blocks
 from headfold.backends.triton.compiling import Specimen
 from headfold.backends.triton.operands import streamed
 from headfold.backends.triton.products import NARROWEST, pieces
-from headfold.backends.triton.table import KINDS, TABLE, Row
+from headfold.backends.triton.table import KINDS, Row, rows_of
 
 # Integers that no call promises to be multiples of 16.
 ANY_VALUE = "sq sk topk words offset first_row first_pick last_pick span group count rows total_head".split()
@@ -37,8 +37,8 @@ WIDE_PRODUCT = 64
 def specimens(arch: str) -> Iterator[Specimen]:
     """Yield the gathered kernels of an architecture; those of half precision use tensor cores."""
     yield from _scatters()
-    for row in TABLE:
-        if row.kernel in KERNELS and row.arch in (arch, "*"):
+    for row in rows_of(arch):
+        if row.kernel in KERNELS:
             for dtype in KINDS:
                 if row.takes(dtype):
                     yield gathered_specimen(row, dtype)

@@ -37,6 +37,10 @@ class Row(NamedTuple):
         """Whether the row is for inputs of a dtype."""
         return self.dtype in (KINDS[dtype], str(dtype).removeprefix("torch."), "*")
 
+    def is_covered(self, by: Row) -> bool:
+        """Whether another row of the same architecture takes all the calls that this one is for."""
+        return by.kernel == self.kernel and by.dtype in (self.dtype, "*") and by.d >= self.d and by.h >= self.h
+
 
 # Read off the compile lane: no spills, shared memory within the chip, tensor cores in use (docs/kernels.md). The first
 # row that covers a call is its row.
@@ -127,7 +131,7 @@ TABLE = (
     Row("attention_rows", "sm_100", "half", 128, ANY, 16, 64, 4, 1),
     Row("attention_rows", "sm_100", "half", 256, ANY, 16, 64, 8, 2),
     Row("attention", "sm_100", "half", 576, ANY, 32, 64, 8, 2),
-    Row("attention_rows", "sm_100", "half", 576, ANY, 16, 64, 8, 2),
+    Row("attention_rows", "sm_100", "half", 576, ANY, 16, 64, 8, 1),
     Row("attention_keys", "sm_100", "half", 576, 16, 16, 64, 4, 2),
     Row("attention_keys", "sm_100", "half", 576, ANY, 128, 64, 8, 1),
     Row("attention_masked", "sm_100", "half", 128, ANY, 64, 64, 8, 2),
@@ -137,7 +141,7 @@ TABLE = (
     Row("selected_rows", "gfx942", "half", 128, ANY, 32, 64, 4, 1),
     Row("selected_rows", "gfx942", "half", 256, ANY, 32, 64, 4, 1),
     Row("selected_keys", "gfx942", "half", 128, ANY, 64, 64, 4, 1),
-    Row("selected_keys", "gfx942", "half", 256, ANY, 64, 64, 8, 1),
+    Row("selected_keys", "gfx942", "half", 256, ANY, 64, 64, 4, 1),
     Row("attention", "gfx942", "half", 128, ANY, 16, 64, 4, 1),
     Row("attention", "gfx942", "half", 256, ANY, 16, 64, 8, 1),
     Row("attention_rows", "gfx942", "half", 128, ANY, 16, 64, 4, 1),
@@ -148,25 +152,26 @@ TABLE = (
     Row("attention_keys", "gfx942", "half", 576, ANY, 128, 64, 8, 1),
     Row("attention_masked", "gfx942", "half", 128, ANY, 64, 64, 4, 1),
     Row("attention_masked", "gfx942", "half", 256, ANY, 32, 64, 4, 1),
-    Row("selected_scores", "sm_100", "float32", 256, ANY, 16, 32, 8, 1),
-    Row("selected_scores", "*", "float32", 256, ANY, 16, 16, 8, 1),
+    Row("selected_scores", "*", "float32", 256, ANY, 16, 16, 8, 2),
     Row("selected_scores", "*", "float64", 256, ANY, 16, 16, 8, 1),
     Row("selected_rows", "*", "float32", 256, ANY, 16, 16, 8, 1),
     Row("selected_rows", "*", "float64", 256, ANY, 16, 16, 8, 1),
     Row("selected_keys", "*", "float32", 256, ANY, 16, 16, 8, 1),
     Row("selected_keys", "*", "float64", 256, ANY, 16, 16, 8, 1),
-    Row("attention", "sm_100", "float32", 576, ANY, 16, 32, 8, 1),
-    Row("attention", "*", "float32", 576, ANY, 16, 16, 8, 1),
+    Row("attention", "*", "float32", 576, ANY, 16, 16, 8, 2),
     Row("attention", "*", "float64", 576, ANY, 16, 16, 8, 1),
-    Row("attention_rows", "*", "float32", 576, ANY, 16, 16, 8, 1),
+    Row("attention_rows", "*", "float32", 576, ANY, 16, 16, 8, 2),
+    Row("attention_rows", "gfx942", "float64", 576, ANY, 16, 16, 4, 1),
     Row("attention_rows", "*", "float64", 576, ANY, 16, 16, 8, 1),
     Row("attention_keys", "*", "float32", 576, ANY, 16, 16, 8, 1),
     Row("attention_keys", "*", "float64", 576, ANY, 16, 16, 8, 1),
     # Exact float32 and float64, which have no fast instruction everywhere: small tiles.
     Row("scores", "*", "float32", 256, ANY, 32, 32, 4, 1),
     Row("query_gradients", "*", "float32", 128, ANY, 32, 32, 4, 1),
+    Row("query_gradients", "gfx942", "float32", 256, ANY, 16, 32, 4, 1),
     Row("query_gradients", "*", "float32", 256, ANY, 16, 32, 8, 1),
     Row("key_gradients", "*", "float32", 128, ANY, 32, 32, 4, 1),
+    Row("key_gradients", "gfx942", "float32", 256, ANY, 32, 16, 4, 1),
     Row("key_gradients", "*", "float32", 256, ANY, 32, 16, 8, 1),
     Row("scores", "*", "float64", 256, ANY, 16, 16, 4, 1),
     Row("query_gradients", "*", "float64", 256, ANY, 16, 16, 4, 1),
@@ -209,6 +214,15 @@ TABLE = (
     Row("compare", "cpu", "*", ANY, ANY, 1, 64, 4, 1),
     Row("compare", "*", "*", ANY, ANY, 1, 1024, 4, 1),
 )
+
+
+def rows_of(arch: str) -> list[Row]:
+    """Return the rows that calls on an architecture get: those that no row before them covers."""
+    rows: list[Row] = []
+    for row in TABLE:
+        if row.arch in (arch, "*") and not any(row.is_covered(by) for by in rows):
+            rows.append(row)
+    return rows
 
 
 def tile(kernel: str, arch: str, dtype: torch.dtype, d: int, h: int = 1) -> Row:
