@@ -24,6 +24,7 @@ from test_attention import Heads, assert_same, checked, public, results
 
 triton = pytest.importorskip("triton", reason="Triton is not installed")
 attention_backward = import_module("headfold.backends.triton.attention_backward")
+picks = import_module("headfold.backends.triton.picks")
 
 CPU = torch.device("cpu")
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
@@ -127,11 +128,34 @@ def test_blocks_slabs_and_spans_are_dense_masked_attention(case: Heads) -> None:
     assert_same(results(kernels(case, leaves, indices), leaves, g), oracle)
 
 
-def test_heads_as_the_long_side_give_the_same() -> None:
-    case = Heads(2, 30, 20, heads=64, dim=32)
+@pytest.mark.usefixtures("way")
+def test_more_heads_than_a_block_holds_give_the_same() -> None:
+    case = Heads(2, 30, 20, heads=70, dim=32)
     leaves, indices, g = case.leaves(torch.float64), case.indices(), case.incoming()
     oracle = results(public(case, leaves, indices, impl="eager"), leaves, g)
     assert_same(results(kernels(case, leaves, indices), leaves, g), oracle)
+
+
+def test_more_keys_than_one_pass_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(picks, "BLOCK", 2)
+    case = Heads(2, 150, 40, heads=2, dim=16, v=16)
+    leaves, indices, g = case.leaves(torch.float64), case.indices(), case.incoming()
+    oracle = results(public(case, leaves, indices, impl="eager"), leaves, g)
+    assert_same(results(kernels(case, leaves, indices), leaves, g), oracle)
+
+
+@pytest.mark.parametrize(
+    ("shape", "masked"),
+    [
+        ((4096, 1024, 64, 8, 128), True),
+        ((2048, 256, 16, 16, 64), True),
+        ((131_072, 1024, 64, 8, 128), False),
+        ((4096, 2048, 128, 1, 576), False),
+    ],
+)
+def test_keys_meet_masked_rows_where_that_costs_less(shape: tuple[int, int, int, int, int], masked: bool) -> None:
+    assert scatter_tiles.masks_keys(*shape, exact=False) == masked
+    assert not scatter_tiles.masks_keys(*shape, exact=True)
 
 
 def test_duplicates_count_once_and_minus_one_not_at_all() -> None:
@@ -150,9 +174,9 @@ def test_which_of_equal_picks_counts_does_not_change() -> None:
     expected = results(kernels(case, leaves, indices), leaves, g)
     assert all(map(torch.equal, results(kernels(case, leaves, indices), leaves, g), expected))
     first = torch.full_like(indices, -1)
-    for row, picks in enumerate(indices[0].tolist()):
-        for place, t in enumerate(picks):
-            if t not in picks[:place]:
+    for row, keys in enumerate(indices[0].tolist()):
+        for place, t in enumerate(keys):
+            if t not in keys[:place]:
                 first[0, row, place] = t
     assert all(map(torch.equal, results(kernels(case, leaves, first), leaves, g), expected))
 
