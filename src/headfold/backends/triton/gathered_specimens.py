@@ -8,7 +8,14 @@ from typing import Any
 import torch
 import triton.language as tl
 
-from headfold.backends.triton import attention_backward, attention_gradients, attention_kernels, gathered, picks
+from headfold.backends.triton import (
+    attention_backward,
+    attention_gradients,
+    attention_kernels,
+    gathered,
+    gathered_kernels,
+    picks,
+)
 from headfold.backends.triton.attention_cuts import channel_blocks
 from headfold.backends.triton.compiling import Specimen
 from headfold.backends.triton.operands import streamed
@@ -19,9 +26,9 @@ from headfold.backends.triton.table import KINDS, Row, rows_of
 ANY_VALUE = "sq sk topk words offset first_row first_pick last_pick span group count rows total_head".split()
 ONES = "q_step k_step v_step g_step i_step w_head dq_step dw_head out_step total_key".split()
 KERNELS: dict[str, Any] = {
-    "selected_scores": gathered._scores,
-    "selected_rows": gathered._row_gradients,
-    "selected_keys": gathered._spread,
+    "selected_scores": gathered_kernels.score_picks,
+    "selected_rows": gathered_kernels.query_gradients_of_picks,
+    "selected_keys": gathered_kernels.spread_key_gradients,
     "attention": attention_kernels.attend,
     "attention_rows": attention_gradients.row_gradients,
     "attention_keys": attention_gradients.spread_gradients,
