@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from functools import partial
+from importlib import import_module
 from typing import Any
 
 import pytest
@@ -23,6 +24,8 @@ from test_attention import Heads as AnywhereHeads
 from test_attention import assert_same, checked, public, results
 
 triton = pytest.importorskip("triton", reason="Triton is not installed")
+attention_backward = import_module("headfold.backends.triton.attention_backward")
+picks = import_module("headfold.backends.triton.picks")
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 QUICK = [torch.bfloat16, torch.float32]
@@ -67,10 +70,19 @@ EACH = [
 LATENT = replace(Heads(2, 70, 66, heads=20, dim=576), v=0)
 
 
+@pytest.fixture(params=["scattered", "masked"])
+def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Take one way to the gradients of keys, whatever the shape."""
+    masked = request.param == "masked"
+    monkeypatch.setattr(attention_backward, "masks_keys", lambda *_, **__: masked)
+    return str(request.param)
+
+
 @pytest.fixture
 def small_slabs(monkeypatch: pytest.MonkeyPatch) -> None:
     """Cut small shapes into many blocks of rows, slabs and spans of picks."""
-    monkeypatch.setattr(scatter_tiles, "_SETTLED_BYTES", 500)
+    for name in ("_SETTLED_BYTES", "_ATTENTION_SETTLED_BYTES", "_MASKED_BYTES"):
+        monkeypatch.setattr(scatter_tiles, name, 700)
     monkeypatch.setattr(scatter_tiles, "_ATTENTION_SLAB_BYTES", 1600)
     monkeypatch.setattr(scatter_tiles, "_LEAST_SPAN", 5)
 
@@ -108,6 +120,7 @@ def test_float16_gradients_do_not_leave_its_range_on_the_way(size: float, v: int
     assert {n: s for n, s in spent(case, torch.float16, case.incoming() * size).items() if not s.kept} == {}
 
 
+@pytest.mark.usefixtures("way")
 @pytest.mark.parametrize(
     "case",
     [
@@ -123,7 +136,7 @@ def test_gradcheck_through_the_kernels(case: Heads) -> None:
     )
 
 
-@pytest.mark.usefixtures("small_slabs")
+@pytest.mark.usefixtures("small_slabs", "way")
 @pytest.mark.parametrize(
     "case",
     [
@@ -138,11 +151,34 @@ def test_blocks_slabs_and_spans_are_dense_masked_attention(case: Heads) -> None:
     assert_same(results(kernels(case, leaves, indices), leaves, g), oracle)
 
 
-def test_heads_as_the_long_side_give_the_same() -> None:
-    case = Heads(2, 30, 20, heads=64, dim=32)
+@pytest.mark.usefixtures("way")
+def test_more_heads_than_a_block_holds_give_the_same() -> None:
+    case = Heads(2, 30, 20, heads=70, dim=32)
     leaves, indices, g = case.leaves(torch.float64), case.indices(), case.incoming()
     oracle = results(public(case, leaves, indices, impl="eager"), leaves, g)
     assert_same(results(kernels(case, leaves, indices), leaves, g), oracle)
+
+
+def test_more_keys_than_one_pass_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(picks, "BLOCK", 2)
+    case = Heads(2, 150, 40, heads=2, dim=16, v=16)
+    leaves, indices, g = case.leaves(torch.float64), case.indices(), case.incoming()
+    oracle = results(public(case, leaves, indices, impl="eager"), leaves, g)
+    assert_same(results(kernels(case, leaves, indices), leaves, g), oracle)
+
+
+@pytest.mark.parametrize(
+    ("shape", "masked"),
+    [
+        ((4096, 1024, 64, 8, 128), True),
+        ((2048, 256, 16, 16, 64), True),
+        ((131_072, 1024, 64, 8, 128), False),
+        ((4096, 2048, 128, 1, 576), False),
+    ],
+)
+def test_keys_meet_masked_rows_where_that_costs_less(shape: tuple[int, int, int, int, int], masked: bool) -> None:
+    assert scatter_tiles.masks_keys(*shape, exact=False) == masked
+    assert not scatter_tiles.masks_keys(*shape, exact=True)
 
 
 def test_duplicates_count_once_and_minus_one_not_at_all() -> None:
@@ -161,9 +197,9 @@ def test_which_of_equal_picks_counts_does_not_change() -> None:
     expected = results(kernels(case, leaves, indices), leaves, g)
     assert all(map(torch.equal, results(kernels(case, leaves, indices), leaves, g), expected))
     first = torch.full_like(indices, -1)
-    for row, picks in enumerate(indices[0].tolist()):
-        for place, t in enumerate(picks):
-            if t not in picks[:place]:
+    for row, keys in enumerate(indices[0].tolist()):
+        for place, t in enumerate(keys):
+            if t not in keys[:place]:
                 first[0, row, place] = t
     assert all(map(torch.equal, results(kernels(case, leaves, first), leaves, g), expected))
 

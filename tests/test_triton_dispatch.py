@@ -67,6 +67,17 @@ def test_an_explicit_choice_works_or_says_the_way_out(op: str, x: Any, widths: t
         backends.choose(op, "triton", x, *widths)
 
 
+@pytest.mark.parametrize("op", ["index_scores", "selected_scores", "indexer_loss"])
+def test_more_batch_elements_than_a_grid_has_are_refused_or_left_to_eager(op: str) -> None:
+    pytest.importorskip("triton", reason="Triton is not installed")
+    x = torch.empty(65536, 0, 1, 16)
+    with pytest.raises(UnsupportedError, match=rf'{op}: impl="triton" needs b <= 65535, got 65536. Use impl="eager"'):
+        backends.choose(op, "triton", x)
+    assert backends.choose(op, "triton", x[1:]) == "triton"
+    got, said = backends.automatic(op, CUDA, torch.bfloat16, 16, batch=65536)
+    assert (got, said) == ("eager", "kernels take up to 65535 batch elements, not 65536")
+
+
 def test_without_the_interpreter_a_cpu_tensor_is_refused() -> None:
     pytest.importorskip("triton", reason="Triton is not installed")
     code = """

@@ -15,7 +15,7 @@ from headfold.bills import Bill, Scratch
 from headfold.flops import score_flops
 from headfold.loss_slabs import LossSlab
 from headfold.loss_tiles import LossTile
-from headfold.scatter_tiles import WIDEST_GRADIENTS, ScatterTile
+from headfold.scatter_tiles import ScatterTile
 from headfold.score_tiles import ScoreTile
 from headfold.tiles import DEFAULT_WORKSPACE, MIB, GatherTile, Selection, Tile
 from headfold.triton_tiles import SlabSelection
@@ -261,7 +261,7 @@ class IndexerGeometry:
         if path in (*LOSSES, *ATTENDING):
             self._need_attention(path)
         if backend == "triton":
-            return self._kernel_scratch(path, workspace, accelerator)
+            return self._kernel_scratch(path, workspace)
         if path == "headfold top-k":
             selecting = self.selection(workspace, accelerator=accelerator).scratch_bytes
             return Scratch(selecting, selecting)
@@ -274,7 +274,7 @@ class IndexerGeometry:
         tile = self.tile if path == "headfold" else self.gather_tile(accelerator=accelerator)
         return Scratch(tile.forward_bytes, tile.backward_bytes, self.accumulator_bytes)
 
-    def _kernel_scratch(self, path: str, workspace: int, accelerator: bool) -> Scratch:
+    def _kernel_scratch(self, path: str, workspace: int) -> Scratch:
         size, ranged = self.compute_itemsize, self.dtype == "float16"
         if path == "headfold":
             call = ScoreTile(self.b, self.sq, self.sk, self.heads, self.dim, size, self.relu)
@@ -290,12 +290,10 @@ class IndexerGeometry:
             slab = LossSlab.of(*shape, None, relu=self.relu)
             return Scratch(slab.forward_bytes, slab.backward_bytes)
         forward = ScatterTile.of_picks(self.b * self.sq, self.sk, self.topk).settled_bytes
-        if max(self.hn, self.v_dim) > WIDEST_GRADIENTS:
-            backward = max(forward, self.attention_tile(accelerator=accelerator).backward_bytes)
-        else:
-            widths = self.np, self.np_k, self.hn, self.v_dim, size
-            walk = ScatterTile.of_attention(self.sq, self.sk, self.topk, *widths, shared=False, ranged=ranged)
-            backward = walk.backward_bytes + self.np * size
+        widths = self.np, self.np_k, self.hn, self.v_dim, size
+        kinds = {"ranged": ranged, "exact": self.itemsize > 2}
+        walk = ScatterTile.of_attention(self.sq, self.sk, self.topk, *widths, shared=False, **kinds)
+        backward = walk.backward_bytes + self.np * size
         return Scratch(forward, backward, self._attention_sums)
 
     @property

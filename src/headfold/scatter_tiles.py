@@ -1,32 +1,49 @@
-"""How gradients of gathered keys are scattered by kernels: rows of a slab, its bytes. Plain integers, no torch.
+"""How gradients reach gathered keys by kernels: a block of settled rows, slabs of it, their bytes. No torch.
 
-A walk settles the picks of a block of rows, then takes the block slab by slab: the gradients of a slab's picks are
-written one by one, and one writer a key adds them up. The grid depends on the shape alone, never on the workspace.
+A walk settles the picks of a block of rows. Then it either takes the block slab by slab: the gradients of a slab's
+picks are written one by one, and one writer a key adds them up. Or one writer a key makes them again for all rows of
+the block, masked by what those picked. The grid depends on the shape alone, never on the workspace.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-# Rows that one int32 of a key tells apart.
-ROWS_A_WORD = 32
-# Settled picks with the bitmaps they are told apart by; gradients of a slab's picks with where they lie.
+# Settled picks with the bitmaps they are told apart by; gradients of a slab's picks.
 _SETTLED_BYTES = 3 << 20
 _SLAB_BYTES = 12 << 20
-# Those of attention, whose picks have gradients of every key head: too few rows a slab would leave a GPU idle.
+# Those of attention, whose picks have gradients of every key head, and whose rows are long programs: too few of them a
+# launch would leave a GPU idle.
+_ATTENTION_SETTLED_BYTES = 8 << 20
 _ATTENTION_SLAB_BYTES = 40 << 20
+# A block of rows that needs no slab.
+_MASKED_BYTES = 24 << 20
 # Picks of a row that a slab takes at least, however many keys there are.
 _LEAST_SPAN = 64
-# Channels of a pick whose gradients one program can hold: wider ones spill registers, and eager's walk makes them.
-WIDEST_GRADIENTS = 256
+# Channels of the widest keys and values that one program holds for all rows.
+_WIDEST_MASKED = 256
+# What a pick's gradients cost a key head, in masked logits of one head: a slab's bytes are written and read, and its
+# launches wait for one another (docs/kernels_gathered.md).
+_PICK_COST = 360
+
+
+def masks_keys(sk: int, topk: int, heads: int, key_heads: int, widest: int, *, exact: bool) -> bool:
+    """Whether keys meet all rows, masked, for their gradients, and not only the rows that picked them.
+
+    Where keys are not wide, sk · np <= topk · (360 · np_k + np). Never where products are exact: there a probability
+    has to come from the very logit that its softmax was made of, by the same tile.
+    """
+    near = sk * heads <= topk * (_PICK_COST * key_heads + heads)
+    return near and widest <= _WIDEST_MASKED and not exact
 
 
 @dataclass(frozen=True)
 class ScatterTile:
     """A block of rows with settled picks, and slabs of it: `rows` rows and `span` of their picks.
 
-    channels: of a pick's gradients, over all key heads, keys and values.   beside: bytes that a row of the block holds
-    for each pick beside an int32.   held: bytes that it holds once.   size: of the compute dtype.
+    channels: of a pick's gradients, over all key heads, keys and values; 0 where nothing is written pick by pick.
+    beside: bytes that a row of the block holds for each pick beside an int32.   held: bytes that it holds once.
+    size: of the compute dtype.
     """
 
     block: int
@@ -53,16 +70,15 @@ class ScatterTile:
         attention: bool = False,
     ) -> ScatterTile:
         """Return the tile for a call of this shape."""
+        settled_bytes = _ATTENTION_SETTLED_BYTES if attention else _SETTLED_BYTES
+        if channels == 0 and attention:
+            settled_bytes = _MASKED_BYTES
         slab_bytes = _ATTENTION_SLAB_BYTES if attention else _SLAB_BYTES
-        settled = topk * (4 + beside) + 4 * -(-sk // 32) + held
-        block = max(1, min(sq, _SETTLED_BYTES // max(1, settled)))
-        pick, table = channels * size, 4 * sk
-        fit = (slab_bytes - 2 * table) // pick
-        span = max(1, min(topk, max(_LEAST_SPAN, fit)))
-        rows = (slab_bytes - table) // max(1, span * pick + table + table // ROWS_A_WORD)
-        rows = max(1, min(block, rows))
-        if rows > ROWS_A_WORD:
-            rows -= rows % ROWS_A_WORD
+        one = cls(1, 0, 0, topk, sk, channels, beside, held, size)
+        block = max(1, min(sq, settled_bytes // max(1, one.settled_bytes)))
+        pick = channels * size
+        span = max(1, min(topk, max(_LEAST_SPAN, slab_bytes // pick))) if pick else 0
+        rows = max(1, min(block, slab_bytes // (span * pick))) if pick else 0
         return cls(block, rows, span, topk, sk, channels, beside, held, size)
 
     @classmethod
@@ -73,7 +89,7 @@ class ScatterTile:
     @classmethod
     def of_picks(cls, rows: int, sk: int, topk: int) -> ScatterTile:
         """Return the tile of a forward of attention, which settles the picks of all rows [b · sq] and no more."""
-        return cls.of(rows, sk, topk if sk else 0, 1, 4)
+        return cls.of(rows, sk, topk if sk else 0, 0, 4)
 
     @classmethod
     def of_attention(
@@ -89,11 +105,18 @@ class ScatterTile:
         *,
         shared: bool,
         ranged: bool,
+        exact: bool,
     ) -> ScatterTile:
-        """Return the tile of a backward of attention.   shared: whether values are part of the keys."""
+        """Return the tile of a backward of attention, without a slab where keys meet all rows, masked.
+
+        shared: whether values are part of the keys.   exact: whether products are.
+        """
+        topk = topk if sk else 0
         channels = key_heads * (dim + (0 if shared and not ranged else v_dim))
+        if masks_keys(sk, topk, heads, key_heads, max(dim, v_dim), exact=exact):
+            channels = 0
         held = heads * (3 * size + (4 if ranged else 0))
-        return cls.of(sq, sk, topk if sk else 0, channels, size, held=held, attention=True)
+        return cls.of(sq, sk, topk, channels, size, held=held, attention=True)
 
     @property
     def words(self) -> int:
@@ -101,19 +124,15 @@ class ScatterTile:
         return -(-self.sk // 32)
 
     @property
-    def groups(self) -> int:
-        """Int32 that each key needs to tell the rows of a slab apart."""
-        return -(-self.rows // ROWS_A_WORD)
-
-    @property
     def settled_bytes(self) -> int:
-        """Bytes of a block's picks, of what stands beside them, and of their bitmaps."""
-        return self.block * (self.topk * (4 + self.beside) + 4 * self.words + self.held)
+        """Bytes of a block's picks, of what stands beside them, of their bitmaps, and of where keys stand in picks."""
+        ranks = 4 * (self.topk + self.words) if self.channels else 0
+        return self.block * (self.topk * (4 + self.beside) + 4 * self.words + ranks + self.held)
 
     @property
     def scatter_bytes(self) -> int:
-        """Bytes of a slab's gradients and of the tables that say where they lie."""
-        return self.rows * self.span * self.channels * self.size + 4 * self.sk * (self.rows + self.groups)
+        """Bytes of a slab's gradients."""
+        return self.rows * self.span * self.channels * self.size
 
     @property
     def forward_bytes(self) -> int:

@@ -19,30 +19,33 @@ TRITON_WIDTHS = {
     "indexer_loss": (16, 256),
     "sparse_attention": (1, 576),
 }
+# The batch elements that ops take whose batch lies along an axis of a grid; the others cut theirs.
+MOST_BATCHES = 65535
+TRITON_BATCHES = {"index_scores": MOST_BATCHES, "selected_scores": MOST_BATCHES, "indexer_loss": MOST_BATCHES}
 # What "auto" gives to the kernels. They run float64 too, for gradcheck, at a rate that is no reason to choose them.
 TRITON_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 HAS_TRITON = find_spec("triton") is not None  # told without importing it
 RULE = (
-    "auto: triton for a CUDA or ROCm tensor of float16, bfloat16 or float32 whose widths the op's kernels take, where "
-    "Triton can be imported; eager, which runs every dtype and width on any device, for everything else"
+    "auto: triton for a CUDA or ROCm tensor of float16, bfloat16 or float32 whose widths and batch the op's kernels "
+    "take, where Triton can be imported; eager, which runs every dtype and width on any device, for everything else"
 )
 
 
 def choose(op: str, impl: str, x: Tensor, *widths: int) -> str:
-    """Return "eager", "triton" or "materialized" for a call on x [..., d]; an explicit one is that one or an error.
+    """Return "eager", "triton" or "materialized" for a call on x [b, .., d]; an explicit one is that one or an error.
 
     widths: further widths that the kernels of the op have to take, besides x's own.
     """
     one_of(op, "impl", impl, IMPLEMENTATIONS)
     widths = (x.shape[-1], *widths)
     if impl == "auto":
-        return automatic(op, x.device, x.dtype, *widths)[0]
+        return automatic(op, x.device, x.dtype, *widths, batch=x.shape[0])[0]
     if impl == "triton":
         _require_triton(op, x, widths)
     return impl
 
 
-def automatic(op: str, device: torch.device, dtype: torch.dtype, *widths: int) -> tuple[str, str]:
+def automatic(op: str, device: torch.device, dtype: torch.dtype, *widths: int, batch: int = 1) -> tuple[str, str]:
     """Return what "auto" gives, "eager" or "triton" and never the materialised path, and why."""
     if device.type != "cuda":
         return "eager", f"kernels run on a CUDA or ROCm device, not on {device.type}"
@@ -55,6 +58,8 @@ def automatic(op: str, device: torch.device, dtype: torch.dtype, *widths: int) -
     narrowest, widest = TRITON_WIDTHS[op]
     if not all(narrowest <= d <= widest for d in widths):
         return "eager", f"kernels take widths {narrowest} to {widest}, not {', '.join(map(str, widths))}"
+    if batch > TRITON_BATCHES.get(op, batch):
+        return "eager", f"kernels take up to {MOST_BATCHES} batch elements, not {batch}"
     return "triton", f"{device.type}, {_name(dtype)}, and widths within {narrowest} to {widest}"
 
 
@@ -84,6 +89,8 @@ def _require_triton(op: str, x: Tensor, widths: tuple[int, ...]) -> None:
     for d in widths:
         if not narrowest <= d <= widest:
             raise UnsupportedError(f'{op}: impl="triton" needs widths from {narrowest} to {widest}, got {d}. {way_out}')
+    if x.shape[0] > TRITON_BATCHES.get(op, x.shape[0]):
+        raise UnsupportedError(f'{op}: impl="triton" needs b <= {MOST_BATCHES}, got {x.shape[0]}. {way_out}')
 
 
 def _name(dtype: torch.dtype) -> str:

@@ -6,7 +6,8 @@ Imported when a call is dispatched here and not before, so that headfold runs wi
 import triton
 import triton.language
 
-from headfold.backends.triton.attention import attention_tile_of, sparse_attention, sparse_attention_backward
+from headfold.backends.triton.attention import attention_tile_of, sparse_attention
+from headfold.backends.triton.attention_backward import sparse_attention_backward
 from headfold.backends.triton.gathered import gather_tile_of, selected_scores, selected_scores_backward
 from headfold.backends.triton.loss import indexer_loss, loss_plan
 from headfold.backends.triton.masks import index_mask, update_index_mask_

@@ -8,25 +8,35 @@ from typing import Any
 import torch
 import triton.language as tl
 
-from headfold.backends.triton import attention, attention_kernels, gathered, picks
+from headfold.backends.triton import (
+    attention_backward,
+    attention_gradients,
+    attention_kernels,
+    gathered,
+    gathered_kernels,
+    picks,
+)
+from headfold.backends.triton.attention_cuts import channel_blocks
 from headfold.backends.triton.compiling import Specimen
+from headfold.backends.triton.operands import streamed
 from headfold.backends.triton.products import NARROWEST, pieces
-from headfold.backends.triton.table import KINDS, TABLE, Row
+from headfold.backends.triton.table import KINDS, Row, rows_of
 
 # Integers that no call promises to be multiples of 16.
-ANY_VALUE = "sq sk topk words offset first_row first_pick last_pick span group groups rows total_head".split()
+ANY_VALUE = "sq sk topk words offset first_row first_pick last_pick span group count rows total_head".split()
 ONES = "q_step k_step v_step g_step i_step w_head dq_step dw_head out_step total_key".split()
 KERNELS: dict[str, Any] = {
-    "selected_scores": gathered._scores,
-    "selected_rows": gathered._row_gradients,
-    "selected_keys": gathered._spread,
+    "selected_scores": gathered_kernels.score_picks,
+    "selected_rows": gathered_kernels.query_gradients_of_picks,
+    "selected_keys": gathered_kernels.spread_key_gradients,
     "attention": attention_kernels.attend,
-    "attention_rows": attention_kernels.row_gradients,
-    "attention_keys": attention_kernels.spread_gradients,
+    "attention_rows": attention_gradients.row_gradients,
+    "attention_keys": attention_gradients.spread_gradients,
+    "attention_masked": attention_gradients.masked_gradients,
 }
 POINTERS = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32", torch.float64: "fp64"}
 # Heads that a row of the table stands for where it takes any.
-MOST = 64
+MOST = 128
 # Rows of a product that the latest matrix instructions want; smaller tiles use earlier ones.
 WIDE_PRODUCT = 64
 
@@ -34,15 +44,22 @@ WIDE_PRODUCT = 64
 def specimens(arch: str) -> Iterator[Specimen]:
     """Yield the gathered kernels of an architecture; those of half precision use tensor cores."""
     yield from _scatters()
-    for row in TABLE:
-        if row.kernel in KERNELS and row.arch in (arch, "*"):
-            for dtype, kind in KINDS.items():
-                if kind == row.dtype or row.dtype == "*":
+    for row in rows_of(arch):
+        if row.kernel in KERNELS:
+            for dtype in KINDS:
+                if row.takes(dtype):
                     yield gathered_specimen(row, dtype)
+                    if row.kernel == "attention_masked":
+                        yield gathered_specimen(row, dtype, values=True)
 
 
-def gathered_specimen(row: Row, dtype: torch.dtype, *, h: int = 0, d: int = 0, v: int = 0) -> Specimen:
-    """Return a kernel with the tile of a row; h, d, v: heads (of one key head) and widths, the row's own when 0."""
+def gathered_specimen(
+    row: Row, dtype: torch.dtype, *, h: int = 0, d: int = 0, v: int = 0, values: bool = False
+) -> Specimen:
+    """Return a kernel with the tile of a row; h, d, v: heads (of one key head) and widths, the row's own when 0.
+
+    values: whether gradients of values are meant, where those are a kernel of their own.
+    """
     h, d = h or min(row.h, MOST), d or row.d
     attends = row.kernel.startswith("attention")
     wide = tl.float64 if dtype == torch.float64 else tl.float32
@@ -57,24 +74,20 @@ def gathered_specimen(row: Row, dtype: torch.dtype, *, h: int = 0, d: int = 0, v
         "RANGED": dtype == torch.float16,
     }
     if attends:
-        v = v or (512 if d == 576 else d)
-        keys, values = attention._blocks(d), attention._blocks(v)
-        shared = d == 576
-        constants |= {f"D{n}": x for n, x in keys.items()} | {f"V{n}": x for n, x in values.items()}
-        constants |= {"H": h, "GROUP": h, "D": d, "V": v, "REUSE": shared}
-        constants["MERGED"] = shared and dtype != torch.float16
-        if constants["MERGED"]:
-            constants["dvalues"] = None
-        constants |= {"TURNED": constants["BH"] >= attention.TURNING, "sink": None}
+        constants |= _attention_constants(row, dtype, h, d, v or (512 if d == 576 else d))
+        if values:
+            constants["VALUES"] = True
     else:
         d0, d1 = pieces(d)
         constants |= {"H": h, "D": d, "D0": d0, "D1": d1, "RELU": True, "RATIO": 1, "STATIC": True}
+        constants |= {"SIZE": streamed(d), "STREAM": dtype.itemsize > 2}
         constants |= {"BLOCKS": gathered.PICK_BLOCKS, "start": None, "end": None, "bias": None}
     name, compute = POINTERS[dtype], "fp64" if wide == tl.float64 else "fp32"
     pointers = dict.fromkeys("query key value q k w g dq dw out".split(), name)
     pointers |= dict.fromkeys("top share mean dkeys dvalues spread sums".split(), compute)
     pointers |= {"indices": "i32", "picks": "i32"}
     if attends:
+        pointers |= {"bitmap": "i32", "total": compute}
         if row.kernel == "attention":
             constants["lse"] = None
     else:
@@ -84,25 +97,43 @@ def gathered_specimen(row: Row, dtype: torch.dtype, *, h: int = 0, d: int = 0, v
             pointers[scale] = "fp32"
         else:
             constants[scale] = None
-    label = f"{row.kernel} {str(dtype).removeprefix('torch.')} h={h} d={d}"
-    matrix = row.dtype == "half"
-    narrow = max(constants["BH"], row.keys) < WIDE_PRODUCT
+    label = f"{row.kernel} {str(dtype).removeprefix('torch.')} h={h} d={d}{' values' if values else ''}"
+    matrix = dtype.itemsize == 2
+    narrow = row.keys < WIDE_PRODUCT
     sizes = row.warps, row.stages
     return _described(label, KERNELS[row.kernel], pointers, constants, *sizes, matrix=matrix, narrow=narrow)
 
 
+def _attention_constants(row: Row, dtype: torch.dtype, h: int, d: int, v: int) -> dict[str, Any]:
+    keys, values, shared = channel_blocks(d), channel_blocks(v), d == 576
+    named = {f"D{n}": x for n, x in keys.items()} | {f"V{n}": x for n, x in values.items()}
+    constants: dict[str, Any] = {**named, "H": h, "GROUP": h, "D": d, "V": v, "SIZE": streamed(max(d, v)), "sink": None}
+    constants |= {
+        "REUSE": shared,
+        "SHARED": shared,
+        "STREAM": dtype.itemsize > 2,
+        "MERGED": shared and dtype != torch.float16,
+    }
+    if constants["MERGED"]:
+        constants["dvalues"] = None
+    heads = min(row.rows, 1 << (h - 1).bit_length())
+    return constants | {"HEADS": heads, "BM": row.rows, "SCAN": attention_backward.SCANNED, "VALUES": False}
+
+
 def _scatters() -> Iterator[Specimen]:
-    pointers = dict.fromkeys("picks bitmap indices rowbits places".split(), "i32")
+    pointers = dict.fromkeys("picks bitmap indices before places".split(), "i32")
     pointers |= dict.fromkeys("sums g total spread dsink top share mean".split(), "fp32")
     absent: dict[str, Any] = dict.fromkeys(("start", "end", "bias", "largest"))
     settled = {**absent, "RATIO": 1, "STATIC": True, "SCALE": None, "ACC": tl.float32}
     settled |= {"BLOCK": picks.BLOCK, "COMPARED": picks.COMPARED}
     yield _described("settle", picks._settle, pointers, settled, 4, 1, matrix=False)
-    yield _described("place", picks._place, pointers, {"MARKED": picks.MARKED}, 4, 1, matrix=False)
-    collected = {"WIDTH": 128, "KEYS": picks.KEYS, "CHANNELS": picks.CHANNELS}
+    yield _described("rank", picks._rank, pointers, {"BLOCK": picks.BLOCK}, 4, 1, matrix=False)
+    collected = {"WIDTH": 128, "CHANNELS": picks.CHANNELS}
     yield _described("collect", picks._collect, pointers, collected, 4, 1, matrix=False)
-    sinks = {"H": 128, "ROWS": attention.SINK_ROWS, "HEADS": attention.SINK_HEADS}
-    yield _described("sinks", attention_kernels.sink_gradients, pointers | {"sink": "bf16"}, sinks, 4, 1, matrix=False)
+    sinks = {"H": 128, "ROWS": attention_backward.SINK_ROWS, "HEADS": attention_backward.SINK_HEADS}
+    yield _described(
+        "sinks", attention_gradients.sink_gradients, pointers | {"sink": "bf16"}, sinks, 4, 1, matrix=False
+    )
 
 
 def _described(

@@ -7,8 +7,11 @@ import triton
 import triton.language as tl
 from triton.knobs import runtime
 
-from headfold.backends.triton.products import ACCUMULATORS, precision
+from headfold.backends.triton.products import ACCUMULATORS, NARROWEST, precision, product
 from headfold.contract import compute_dtype
+
+# Channels of a step, at most.
+STREAMED = 64
 
 
 def options(like: torch.Tensor, scale: float) -> dict[str, object]:
@@ -24,6 +27,11 @@ def options(like: torch.Tensor, scale: float) -> dict[str, object]:
         "PRECISION": precision(like.dtype),
         "RANGED": like.dtype == torch.float16,
     }
+
+
+def streamed(width: int) -> int:
+    """Return the channels of a step where a width passes in steps."""
+    return int(min(STREAMED, max(NARROWEST, triton.next_power_of_2(width))))
 
 
 @triton.jit
@@ -64,6 +72,32 @@ def matrix(base, rows, live, step, FIRST: tl.constexpr, SIZE: tl.constexpr, WIDT
         return tl.load(at, mask=live[:, None], other=0.0)
     else:
         return tl.load(at, mask=live[:, None] & (c < WIDTH)[None, :], other=0.0)
+
+
+@triton.jit
+def some_channels(x, rows, live, step, first, SIZE: tl.constexpr, WIDTH: tl.constexpr):
+    """Load [rows, SIZE] channels from a multiple of SIZE on, as `matrix` does from a constant."""
+    c = first + tl.arange(0, SIZE)
+    at = x + rows[:, None] + (c.to(tl.int64) * step)[None, :]
+    if WIDTH % SIZE == 0:
+        return tl.load(at, mask=live[:, None], other=0.0)
+    else:
+        return tl.load(at, mask=live[:, None] & (c < WIDTH)[None, :], other=0.0)
+
+
+@triton.jit
+def meet(
+    x, xs, x_live, x_step, y, ys, y_live, y_step,
+    WIDTH: tl.constexpr, SIZE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    STAGES: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
+    """x · yᵀ [ROWS, COLUMNS] of rows at int64 offsets xs and ys, SIZE of WIDTH channels at a time."""
+    s = tl.zeros((ROWS, COLUMNS), ACC)
+    for c in tl.range(0, WIDTH, SIZE, num_stages=STAGES):
+        a = some_channels(x, xs, x_live, x_step, c, SIZE, WIDTH)
+        b = some_channels(y, ys, y_live, y_step, c, SIZE, WIDTH)
+        s = product(a, tl.trans(b), s, PRECISION, ACC, UPCAST)
+    return s
 
 
 @triton.jit

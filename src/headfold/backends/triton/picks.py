@@ -4,9 +4,9 @@
 keys. Rows without any, as selections are, are done then; a row with some compares its picks with one another, in the
 order they stand in, so that the first of equal picks stands for all and the result does not depend on who came first.
 
-`place` and `collect` are a scatter without atomics on floats: the gradients of a slab's picks lie in memory pick by
-pick; each key knows by bits which rows of the slab picked it and by a table at which place; one writer a key adds them
-up in the order of rows.
+`rank` and `collect` are a scatter without atomics on floats: the gradients of a slab's picks lie in memory pick by
+pick; the same bitmap says which rows picked a key, and how many keys of such a row come before it; `rank` noted, once a
+block, at which place the row's n-th key stands. One writer a key adds them up in the order of rows.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from torch import Tensor
 
 from headfold.backends.triton.operands import factor
 from headfold.backends.triton.visible import bias_strides, bound_strides, row_bounds
-from headfold.scatter_tiles import ROWS_A_WORD, ScatterTile
+from headfold.scatter_tiles import ScatterTile
 
 # Picks that a program of `settle` reads at a time, and that it compares with one another where some are equal.
 BLOCK, COMPARED = 1024, 64
-# Picks that a program of `place` marks; keys and channels that a program of `collect` sums.
-MARKED, KEYS, CHANNELS = 512, 16, 128
+# Channels that a program of `collect` sums.
+CHANNELS = 128
 
 
 @triton.jit
@@ -107,55 +107,77 @@ def _settle(
 
 
 @triton.jit
-def _place(rowbits, places, picks, first_pick, last_pick, sk, topk, MARKED: tl.constexpr):
-    """Tell each key of a row's picks [first_pick, last_pick) that the row has it, and where."""
+def _ones(x):
+    """How many bits of int32 are set."""
+    x = x.to(tl.uint32, bitcast=True)
+    x = x - ((x >> 1) & 0x55555555)
+    x = (x & 0x33333333) + ((x >> 2) & 0x33333333)
+    x = (x + (x >> 4)) & 0x0F0F0F0F
+    return ((x + (x >> 8) + (x >> 16) + (x >> 24)) & 63).to(tl.int32)
+
+
+@triton.jit
+def _rank(places, before, picks, bitmap, topk, words, BLOCK: tl.constexpr):
+    """One row: how many keys come before each word of its bitmap; and where in its picks the n-th key stands."""
     r = tl.program_id(0).to(tl.int64)
-    j = first_pick + tl.program_id(1) * MARKED + tl.arange(0, MARKED)
-    t = tl.load(picks + r * topk + j, mask=j < last_pick, other=-1)
-    live = t >= 0
-    bit = tl.full((MARKED,), 1, tl.int32) << (r & 31).to(tl.int32)
-    tl.atomic_or(rowbits + (r >> 5) * sk + t, bit, mask=live, sem="relaxed")
-    tl.store(places + r * sk + t, j - first_pick, mask=live)
+    picks += r * topk
+    places += r * topk
+    bitmap += r * words
+    before += r * words
+    count = tl.zeros((), tl.int32)
+    for w0 in range(0, words, BLOCK):
+        w = w0 + tl.arange(0, BLOCK)
+        ones = _ones(tl.load(bitmap + w, mask=w < words, other=0))
+        tl.store(before + w, count + tl.cumsum(ones, 0) - ones, mask=w < words)
+        count += tl.sum(ones, 0)
+    tl.debug_barrier()
+    for j0 in range(0, topk, BLOCK):
+        j = j0 + tl.arange(0, BLOCK)
+        t = tl.load(picks + j, mask=j < topk, other=-1)
+        live = t >= 0
+        w = tl.where(live, t, 0) >> 5
+        below = (tl.full((BLOCK,), 1, tl.int32) << (t & 31)) - 1
+        n = tl.load(before + w, mask=live, other=0) + _ones(tl.load(bitmap + w, mask=live, other=0) & below)
+        tl.store(places + n, j, mask=live)
 
 
 @triton.jit
 def _collect(
-    total,
-    spread,
-    rowbits,
-    places,
-    groups,
-    sk,
-    span,
-    total_head,
-    total_key,
-    WIDTH: tl.constexpr,
-    KEYS: tl.constexpr,
-    CHANNELS: tl.constexpr,
-):
-    """Add to a few keys of total [heads, sk, WIDTH] what spread [rows, heads, span, WIDTH] holds of them."""
-    t = tl.program_id(0) * KEYS + tl.arange(0, KEYS)
+    total, spread, bitmap, before, places,
+    rows, first_pick, last_pick, sk, topk, words, span, total_head, total_key,
+    WIDTH: tl.constexpr, CHANNELS: tl.constexpr,
+):  # fmt: skip
+    """Add to the keys of a word of total [heads, sk, WIDTH] what spread [rows, heads, span, WIDTH] holds of them."""
+    word = tl.program_id(0)
+    lane = tl.arange(0, 32)
+    t = word * 32 + lane
     c = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
     head, heads = tl.program_id(2).to(tl.int64), tl.num_programs(2)
     within = c < WIDTH
     at = total + (head * total_head + t.to(tl.int64) * total_key)[:, None] + c[None, :]
-    for n in range(groups):
-        left = tl.load(rowbits + t, mask=t < sk, other=0)
+    below = (tl.full((32,), 1, tl.int32) << lane) - 1
+    for r0 in range(0, rows, 32):
+        r = r0 + tl.arange(0, 32)
+        bits = tl.load(bitmap + r.to(tl.int64) * words + word, mask=r < rows, other=0)
+        # Each key's rows as bits.
+        left = tl.sum(((bits[None, :] >> lane[:, None]) & 1) << tl.arange(0, 32)[None, :], 1)
         if tl.max((left != 0).to(tl.int32), 0) > 0:
-            sums = tl.zeros((KEYS, CHANNELS), total.dtype.element_ty)
+            sums = tl.zeros((32, CHANNELS), total.dtype.element_ty)
             while tl.max((left != 0).to(tl.int32), 0) > 0:
                 # The lowest bit as a float: its exponent is the row. The highest is negative, with the same exponent.
                 low = left & -left
-                r = n * 32 + ((low.to(tl.float32).to(tl.int32, bitcast=True) >> 23) & 255) - 127
                 has = left != 0
-                r = tl.where(has, r, 0).to(tl.int64)
-                place = tl.load(places + r * sk + t, mask=has, other=0)
-                rows = ((r * heads + head) * span + place) * WIDTH
-                sums += tl.load(spread + rows[:, None] + c[None, :], mask=has[:, None] & within[None, :], other=0.0)
+                row = r0 + ((low.to(tl.float32).to(tl.int32, bitcast=True) >> 23) & 255) - 127
+                row = tl.where(has, row, 0).to(tl.int64)
+                earlier = tl.load(bitmap + row * words + word, mask=has, other=0) & below
+                n = tl.load(before + row * words + word, mask=has, other=0) + _ones(earlier)
+                place = tl.load(places + row * topk + n, mask=has, other=-1)
+                has = has & (place >= first_pick) & (place < last_pick)
+                line = ((row * heads + head) * span + tl.where(has, place - first_pick, 0)) * WIDTH
+                sums += tl.load(spread + line[:, None] + c[None, :], mask=has[:, None] & within[None, :], other=0.0)
                 left = left ^ low
             mask = (t < sk)[:, None] & within[None, :]
             tl.store(at, tl.load(at, mask=mask, other=0.0) + sums, mask=mask)
-        rowbits += sk
 
 
 class Picks:
@@ -202,27 +224,30 @@ class Picks:
 
 
 class Scatter:
-    """Adds gradients of the picks of a slab of rows to those of their keys."""
+    """Adds gradients of the picks of slabs of settled rows to those of their keys."""
 
     def __init__(self, tile: ScatterTile, like: Tensor) -> None:
         self.tile = tile
-        self.rowbits = torch.empty(tile.groups, tile.sk, dtype=torch.int32, device=like.device)
-        self.places = torch.empty(tile.rows, tile.sk, dtype=torch.int32, device=like.device)
+        self.before = torch.empty(tile.block, tile.words, dtype=torch.int32, device=like.device)
+        self.places = torch.empty(tile.block, tile.topk, dtype=torch.int32, device=like.device)
 
-    def place(self, picks: Tensor, span: tuple[int, int]) -> None:
-        """Note where the picks [rows, topk] of a slab lie, of those in a span."""
-        self.rowbits.zero_()
-        grid = picks.shape[0], triton.cdiv(span[1] - span[0], MARKED)
-        _place[grid](self.rowbits, self.places, picks, *span, self.tile.sk, self.tile.topk, MARKED=MARKED, num_warps=4)
+    def rank(self, picks: Picks, rows: int) -> None:
+        """Note where the keys of settled rows stand in their picks."""
+        _rank[(rows,)](
+            self.places, self.before, picks.picks, picks.bitmap, self.tile.topk, self.tile.words,
+            BLOCK=BLOCK, num_warps=4,
+        )  # fmt: skip
 
-    def collect(self, total: Tensor, spread: Tensor, rows: int) -> None:
-        """Add spread [rows, heads, span, d] to total [heads, sk, d], dense in its last axis."""
+    def collect(
+        self, total: Tensor, spread: Tensor, picks: Picks, slab: tuple[int, int], span: tuple[int, int]
+    ) -> None:
+        """Add spread [rows, heads, span, d] of a slab to total [heads, sk, d], dense in its last axis."""
         heads, sk, width = total.shape
-        channels = min(CHANNELS, max(16, triton.next_power_of_2(width)))
-        grid = triton.cdiv(sk, KEYS), triton.cdiv(width, channels), heads
-        _collect[grid](
-            total, spread, self.rowbits, self.places, -(-rows // ROWS_A_WORD), sk, self.tile.span, *total.stride()[:2],
-            WIDTH=width, KEYS=KEYS, CHANNELS=channels, num_warps=4,
+        channels, first = min(CHANNELS, max(16, triton.next_power_of_2(width))), slab[0]
+        _collect[(self.tile.words, triton.cdiv(width, channels), heads)](
+            total, spread, picks.bitmap[first:], self.before[first:], self.places[first:],
+            slab[1] - first, *span, sk, self.tile.topk, self.tile.words, self.tile.span, *total.stride()[:2],
+            WIDTH=width, CHANNELS=channels, num_warps=4,
         )  # fmt: skip
 
 

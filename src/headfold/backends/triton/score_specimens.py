@@ -13,7 +13,7 @@ from headfold.backends.triton.compiling import Specimen
 from headfold.backends.triton.folding import fold_heads, unfold_heads
 from headfold.backends.triton.forward import score_slab
 from headfold.backends.triton.products import ACCUMULATORS, pieces
-from headfold.backends.triton.table import ANY, TABLE, Row
+from headfold.backends.triton.table import ANY, Row, rows_of
 
 KERNELS: dict[str, Any] = {"scores": score_slab, "query_gradients": query_gradients, "key_gradients": key_gradients}
 DTYPES = {"half": ("bfloat16", "float16"), "float32": ("float32",), "float64": ("float64",)}
@@ -26,7 +26,7 @@ DENSE = ("out_key", "q_channel", "k_channel", "dq_channel", "dk_channel", "weigh
 
 def specimens(arch: str) -> Iterator[Specimen]:
     """Yield the score kernels' specimens of an architecture; those of h=32, d=128 in bfloat16 come first."""
-    rows = [row for row in TABLE if row.arch in (arch, "*") and row.kernel in KERNELS]
+    rows = [row for row in rows_of(arch) if row.kernel in KERNELS]
     rows.sort(key=lambda row: (row.dtype != "half", row.d != 128, row.h != ANY))
     first = [row for row in rows if (row.dtype, row.d, row.h) == ("half", 128, ANY)]
     yield from (score_specimen(row, "bfloat16", HEADS, 128) for row in first)
@@ -43,8 +43,8 @@ def specimens(arch: str) -> Iterator[Specimen]:
         if (row.kernel, row.dtype, row.d, row.h) == ("scores", "half", 128, 16):
             yield score_specimen(row, "bfloat16", 4, 128)
             yield score_specimen(row, "bfloat16", HEADS, 80, ranged=True, biased=True)
-    for row in TABLE:
-        if row.arch in (arch, "*") and row.kernel == "fold":
+    for row in rows_of(arch):
+        if row.kernel == "fold":
             yield from _fold_specimens(row)
 
 

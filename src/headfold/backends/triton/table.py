@@ -1,7 +1,7 @@
 """Tiles as data: one row a kernel, architecture, dtype, width and number of heads. Correct a row, and nothing else.
 
-A row is for a kernel, a chip ("*": any), a dtype ("half": float16 and bfloat16), widths up to d and up to h heads. What
-it says:
+A row is for a kernel, a chip ("*": any), a dtype (its own, or "half": float16 and bfloat16), widths up to d and up to
+h heads. What it says:
 
     rows             query rows x heads of one program's tile; more heads than that are several launches
     keys             keys of the tile
@@ -18,6 +18,7 @@ import torch
 from headfold.contract import UnsupportedError
 
 ANY = 1 << 30
+KINDS = {torch.float16: "half", torch.bfloat16: "half", torch.float32: "float32", torch.float64: "float64"}
 
 
 class Row(NamedTuple):
@@ -33,6 +34,14 @@ class Row(NamedTuple):
     warps: int
     stages: int
 
+    def takes(self, dtype: torch.dtype) -> bool:
+        """Whether the row is for inputs of a dtype."""
+        return self.dtype in (KINDS[dtype], str(dtype).removeprefix("torch."), "*")
+
+    def is_covered(self, by: Row) -> bool:
+        """Whether another row of the same architecture takes all the calls that this one is for."""
+        return by.kernel == self.kernel and by.dtype in (self.dtype, "*") and by.d >= self.d and by.h >= self.h
+
 
 # Read off the compile lane: no spills, shared memory within the chip, tensor cores in use (docs/kernels.md). The first
 # row that covers a call is its row.
@@ -47,8 +56,9 @@ TABLE = (
     Row("selected_rows", "cpu", "*", 256, ANY, 64, 64, 4, 1),
     Row("selected_keys", "cpu", "*", 256, ANY, 64, 64, 4, 1),
     Row("attention", "cpu", "*", 576, ANY, 32, 64, 4, 1),
-    Row("attention_rows", "cpu", "*", 256, ANY, 32, 64, 4, 1),
-    Row("attention_keys", "cpu", "*", 256, ANY, 64, 64, 4, 1),
+    Row("attention_rows", "cpu", "*", 576, ANY, 32, 64, 4, 1),
+    Row("attention_keys", "cpu", "*", 576, ANY, 64, 64, 4, 1),
+    Row("attention_masked", "cpu", "*", 256, ANY, 64, 64, 4, 1),
     Row("scores", "sm_80", "half", 128, 2, 64, 64, 4, 2),
     Row("scores", "sm_80", "half", 128, ANY, 128, 64, 4, 2),
     Row("scores", "sm_80", "half", 256, ANY, 64, 64, 4, 2),
@@ -77,7 +87,7 @@ TABLE = (
     Row("query_gradients", "gfx942", "half", 256, ANY, 64, 32, 8, 1),
     Row("key_gradients", "gfx942", "half", 128, ANY, 64, 64, 4, 1),
     Row("key_gradients", "gfx942", "half", 256, ANY, 32, 64, 8, 1),
-    # Gathered kernels: `rows` are heads of one row (of one key head), `keys` its picks.
+    # Gathered kernels: `rows` are heads of one row (of one key head), `keys` its picks. Where keys stay, as above.
     Row("selected_scores", "sm_80", "half", 128, ANY, 64, 64, 4, 2),
     Row("selected_scores", "sm_80", "half", 256, ANY, 64, 64, 4, 2),
     Row("selected_rows", "sm_80", "half", 128, ANY, 32, 64, 4, 2),
@@ -88,9 +98,12 @@ TABLE = (
     Row("attention", "sm_80", "half", 256, ANY, 16, 64, 8, 2),
     Row("attention_rows", "sm_80", "half", 128, ANY, 16, 64, 4, 2),
     Row("attention_rows", "sm_80", "half", 256, ANY, 16, 64, 8, 2),
-    Row("attention_keys", "sm_80", "half", 128, ANY, 16, 64, 8, 1),
-    Row("attention_keys", "sm_80", "half", 256, ANY, 16, 32, 8, 1),
     Row("attention", "sm_80", "half", 576, ANY, 16, 32, 8, 1),
+    Row("attention_rows", "sm_80", "half", 576, ANY, 16, 32, 8, 1),
+    Row("attention_keys", "sm_80", "half", 576, 16, 16, 64, 4, 2),
+    Row("attention_keys", "sm_80", "half", 576, ANY, 128, 64, 8, 2),
+    Row("attention_masked", "sm_80", "half", 128, ANY, 64, 64, 8, 2),
+    Row("attention_masked", "sm_80", "half", 256, ANY, 64, 64, 8, 1),
     Row("selected_scores", "sm_90", "half", 128, ANY, 64, 64, 4, 2),
     Row("selected_scores", "sm_90", "half", 256, ANY, 64, 64, 4, 2),
     Row("selected_rows", "sm_90", "half", 128, ANY, 64, 64, 4, 2),
@@ -101,9 +114,13 @@ TABLE = (
     Row("attention", "sm_90", "half", 256, ANY, 16, 64, 4, 2),
     Row("attention_rows", "sm_90", "half", 128, ANY, 16, 64, 4, 2),
     Row("attention_rows", "sm_90", "half", 256, ANY, 16, 64, 8, 2),
-    Row("attention_keys", "sm_90", "half", 128, ANY, 16, 64, 4, 1),
-    Row("attention_keys", "sm_90", "half", 256, ANY, 16, 32, 8, 1),
     Row("attention", "sm_90", "half", 576, ANY, 32, 64, 8, 2),
+    Row("attention_rows", "sm_90", "half", 576, ANY, 16, 64, 8, 2),
+    Row("attention_keys", "sm_90", "half", 576, 16, 16, 64, 4, 2),
+    Row("attention_keys", "sm_90", "bfloat16", 576, ANY, 128, 64, 8, 2),
+    Row("attention_keys", "sm_90", "half", 576, ANY, 64, 64, 8, 2),
+    Row("attention_masked", "sm_90", "half", 128, ANY, 32, 64, 4, 2),
+    Row("attention_masked", "sm_90", "half", 256, ANY, 16, 64, 8, 2),
     Row("selected_scores", "sm_100", "half", 128, ANY, 64, 64, 4, 2),
     Row("selected_scores", "sm_100", "half", 256, ANY, 64, 64, 4, 2),
     Row("selected_rows", "sm_100", "half", 128, ANY, 64, 64, 4, 2),
@@ -114,39 +131,48 @@ TABLE = (
     Row("attention", "sm_100", "half", 256, ANY, 16, 64, 4, 2),
     Row("attention_rows", "sm_100", "half", 128, ANY, 16, 64, 4, 1),
     Row("attention_rows", "sm_100", "half", 256, ANY, 16, 64, 8, 2),
-    Row("attention_keys", "sm_100", "half", 128, ANY, 16, 64, 4, 1),
-    Row("attention_keys", "sm_100", "half", 256, ANY, 16, 64, 8, 1),
     Row("attention", "sm_100", "half", 576, ANY, 32, 64, 8, 2),
+    Row("attention_rows", "sm_100", "half", 576, ANY, 16, 64, 8, 1),
+    Row("attention_keys", "sm_100", "half", 576, 16, 16, 64, 4, 2),
+    Row("attention_keys", "sm_100", "half", 576, ANY, 128, 64, 8, 1),
+    Row("attention_masked", "sm_100", "half", 128, ANY, 64, 64, 8, 2),
+    Row("attention_masked", "sm_100", "half", 256, ANY, 32, 64, 8, 2),
     Row("selected_scores", "gfx942", "half", 128, ANY, 64, 64, 4, 1),
     Row("selected_scores", "gfx942", "half", 256, ANY, 64, 64, 4, 1),
     Row("selected_rows", "gfx942", "half", 128, ANY, 32, 64, 4, 1),
     Row("selected_rows", "gfx942", "half", 256, ANY, 32, 64, 4, 1),
     Row("selected_keys", "gfx942", "half", 128, ANY, 64, 64, 4, 1),
-    Row("selected_keys", "gfx942", "half", 256, ANY, 64, 64, 8, 1),
+    Row("selected_keys", "gfx942", "half", 256, ANY, 64, 64, 4, 1),
     Row("attention", "gfx942", "half", 128, ANY, 16, 64, 4, 1),
     Row("attention", "gfx942", "half", 256, ANY, 16, 64, 8, 1),
     Row("attention_rows", "gfx942", "half", 128, ANY, 16, 64, 4, 1),
-    Row("attention_rows", "gfx942", "half", 256, ANY, 16, 64, 8, 1),
-    Row("attention_keys", "gfx942", "half", 128, ANY, 16, 64, 4, 1),
-    Row("attention_keys", "gfx942", "half", 256, ANY, 16, 64, 8, 1),
+    Row("attention_rows", "gfx942", "half", 256, ANY, 16, 64, 4, 1),
     Row("attention", "gfx942", "half", 576, ANY, 16, 32, 8, 1),
-    Row("selected_scores", "*", "float32", 256, ANY, 16, 16, 8, 1),
+    Row("attention_rows", "gfx942", "half", 576, ANY, 16, 32, 4, 1),
+    Row("attention_keys", "gfx942", "half", 576, 16, 16, 64, 4, 1),
+    Row("attention_keys", "gfx942", "half", 576, ANY, 128, 64, 8, 1),
+    Row("attention_masked", "gfx942", "half", 128, ANY, 64, 64, 4, 1),
+    Row("attention_masked", "gfx942", "half", 256, ANY, 32, 64, 4, 1),
+    Row("selected_scores", "*", "float32", 256, ANY, 16, 16, 8, 2),
     Row("selected_scores", "*", "float64", 256, ANY, 16, 16, 8, 1),
     Row("selected_rows", "*", "float32", 256, ANY, 16, 16, 8, 1),
     Row("selected_rows", "*", "float64", 256, ANY, 16, 16, 8, 1),
     Row("selected_keys", "*", "float32", 256, ANY, 16, 16, 8, 1),
     Row("selected_keys", "*", "float64", 256, ANY, 16, 16, 8, 1),
-    Row("attention", "*", "float32", 576, ANY, 16, 16, 8, 1),
+    Row("attention", "*", "float32", 576, ANY, 16, 16, 8, 2),
     Row("attention", "*", "float64", 576, ANY, 16, 16, 8, 1),
-    Row("attention_rows", "*", "float32", 256, ANY, 16, 16, 8, 1),
-    Row("attention_rows", "*", "float64", 256, ANY, 16, 16, 8, 1),
-    Row("attention_keys", "*", "float32", 256, ANY, 16, 16, 8, 1),
-    Row("attention_keys", "*", "float64", 256, ANY, 16, 16, 8, 1),
+    Row("attention_rows", "*", "float32", 576, ANY, 16, 16, 8, 2),
+    Row("attention_rows", "gfx942", "float64", 576, ANY, 16, 16, 4, 1),
+    Row("attention_rows", "*", "float64", 576, ANY, 16, 16, 8, 1),
+    Row("attention_keys", "*", "float32", 576, ANY, 16, 16, 8, 1),
+    Row("attention_keys", "*", "float64", 576, ANY, 16, 16, 8, 1),
     # Exact float32 and float64, which have no fast instruction everywhere: small tiles.
     Row("scores", "*", "float32", 256, ANY, 32, 32, 4, 1),
     Row("query_gradients", "*", "float32", 128, ANY, 32, 32, 4, 1),
+    Row("query_gradients", "gfx942", "float32", 256, ANY, 16, 32, 4, 1),
     Row("query_gradients", "*", "float32", 256, ANY, 16, 32, 8, 1),
     Row("key_gradients", "*", "float32", 128, ANY, 32, 32, 4, 1),
+    Row("key_gradients", "gfx942", "float32", 256, ANY, 32, 16, 4, 1),
     Row("key_gradients", "*", "float32", 256, ANY, 32, 16, 8, 1),
     Row("scores", "*", "float64", 256, ANY, 16, 16, 4, 1),
     Row("query_gradients", "*", "float64", 256, ANY, 16, 16, 4, 1),
@@ -189,16 +215,23 @@ TABLE = (
     Row("compare", "cpu", "*", ANY, ANY, 1, 64, 4, 1),
     Row("compare", "*", "*", ANY, ANY, 1, 1024, 4, 1),
 )
-KINDS = {torch.float16: "half", torch.bfloat16: "half", torch.float32: "float32", torch.float64: "float64"}
+
+
+def rows_of(arch: str) -> list[Row]:
+    """Return the rows that calls on an architecture get: those that no row before them covers."""
+    rows: list[Row] = []
+    for row in TABLE:
+        if row.arch in (arch, "*") and not any(row.is_covered(by) for by in rows):
+            rows.append(row)
+    return rows
 
 
 def tile(kernel: str, arch: str, dtype: torch.dtype, d: int, h: int = 1) -> Row:
     """Return the row of a call.   arch: as `arch_of` names it."""
-    kind = KINDS[dtype]
     for row in TABLE:
-        if row.kernel == kernel and row.arch in (arch, "*") and row.dtype in (kind, "*") and d <= row.d and h <= row.h:
+        if row.kernel == kernel and row.arch in (arch, "*") and row.takes(dtype) and d <= row.d and h <= row.h:
             return row
-    raise UnsupportedError(f'{kernel}: has no tile for {arch}, {kind}, d={d}, h={h}. Use impl="eager".')
+    raise UnsupportedError(f'{kernel}: has no tile for {arch}, {KINDS[dtype]}, d={d}, h={h}. Use impl="eager".')
 
 
 @functools.cache  # asking torch takes longer than launching a kernel

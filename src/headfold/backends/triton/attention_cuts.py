@@ -1,0 +1,46 @@
+"""How a call of sparse attention is cut for its kernels: its tiles, and blocks of channels, as their constants."""
+
+from __future__ import annotations
+
+import triton
+from torch import Tensor
+
+from headfold.backends.triton.products import NARROWEST, pieces
+from headfold.backends.triton.table import arch_of, tile
+
+# Channels of a block at most.
+WIDEST = 128
+
+
+def widths(query: Tensor, key: Tensor, v_dim: int, shared: bool) -> dict[str, int | bool]:
+    """Return heads, and widths in blocks; shared: whether values are the first v_dim channels of the keys."""
+    heads, dim = query.shape[2:]
+    keys, values = channel_blocks(dim), channel_blocks(v_dim)
+    named = {f"D{n}": x for n, x in keys.items()} | {f"V{n}": x for n, x in values.items()}
+    reuse = shared and values["S"] == keys["S"] and values["N"] <= keys["N"] and values["R"] in (0, keys["R"])
+    if values["R"] and values["N"] < keys["N"]:
+        reuse = False
+    return {"H": heads, "GROUP": heads // key.shape[2], "D": dim, "V": v_dim, **named, "REUSE": reuse}
+
+
+def channel_blocks(width: int) -> dict[str, int]:
+    """Cut channels into N blocks of size S and one of R, and count them in P."""
+    first, rest = pieces(width)
+    size = min(first, WIDEST)
+    return {"S": size, "N": first // size, "R": rest, "P": first // size + (rest > 0)}
+
+
+def cut(kernel: str, query: Tensor, key: Tensor) -> dict[str, int]:
+    """Return tile and launch of a kernel, as its constants."""
+    group = query.shape[2] // key.shape[2]
+    row = tile(kernel, arch_of(query.device), query.dtype, query.shape[3], group)
+    heads = min(row.rows, max(NARROWEST, triton.next_power_of_2(group)))
+    return {"BH": heads, "BN": row.keys, "STAGES": row.stages, "num_warps": row.warps}
+
+
+def masked_cut(query: Tensor, key: Tensor) -> dict[str, int]:
+    """Return tile and launch of the kernel whose keys stay: rows x heads of a step, and as many heads as fill it."""
+    group = query.shape[2] // key.shape[2]
+    row = tile("attention_masked", arch_of(query.device), query.dtype, query.shape[3], group)
+    heads = min(row.rows, triton.next_power_of_2(group))
+    return {"HEADS": heads, "BM": row.rows, "BN": row.keys, "STAGES": row.stages, "num_warps": row.warps}
