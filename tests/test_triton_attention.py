@@ -74,7 +74,9 @@ LATENT = replace(Heads(2, 70, 66, heads=20, dim=576), v=0)
 def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Take one way to the gradients of keys, whatever the shape."""
     masked = request.param == "masked"
-    monkeypatch.setattr(attention_backward, "masks_keys", lambda *_, **__: masked)
+    if masked and DEVICE.type == "cuda":
+        pytest.skip("compiled kernels have no masked way for exact products, which never take it")
+    monkeypatch.setattr(scatter_tiles, "masks_keys", lambda *_, **__: masked)
     return str(request.param)
 
 

@@ -70,7 +70,7 @@ def test_an_explicit_choice_works_or_says_the_way_out(op: str, x: Any, widths: t
 @pytest.mark.parametrize("op", ["index_scores", "selected_scores", "indexer_loss"])
 def test_more_batch_elements_than_a_grid_has_are_refused_or_left_to_eager(op: str) -> None:
     pytest.importorskip("triton", reason="Triton is not installed")
-    x = torch.empty(65536, 0, 1, 16)
+    x = torch.empty(65536, 0, 1, 16, device=DEVICE)
     with pytest.raises(UnsupportedError, match=rf'{op}: impl="triton" needs b <= 65535, got 65536. Use impl="eager"'):
         backends.choose(op, "triton", x)
     assert backends.choose(op, "triton", x[1:]) == "triton"
@@ -85,7 +85,6 @@ import os
 os.environ.pop("TRITON_INTERPRET", None)
 import torch
 from headfold import UnsupportedError, backends
-from on_device import DEVICE
 backends.TRITON_WIDTHS["op"] = (16, 256)
 try:
     backends.choose("op", "triton", torch.ones(1, 16))

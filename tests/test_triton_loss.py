@@ -220,7 +220,7 @@ def test_axes_may_be_empty(shape: tuple[int, int]) -> None:
     assert indices.shape == (1, shape[0], 2)
 
 
-@pytest.mark.parametrize("options", [{}, {"topk": 64, "sparse": True}], ids=["dense", "sparse"])
+@pytest.mark.parametrize("options", [SLOW({}), {"topk": 64, "sparse": True}], ids=["dense", "sparse"])
 def test_measured_bytes_are_the_planned_ones(options: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     case = Case(20, 300, h=2, d=16)
     beside = attention(case, np=1)

@@ -113,7 +113,7 @@ TABLE = (
     Row("attention", "sm_90", "half", 128, ANY, 32, 64, 4, 2),
     Row("attention", "sm_90", "half", 256, ANY, 16, 64, 4, 2),
     Row("attention_rows", "sm_90", "half", 128, ANY, 16, 64, 4, 2),
-    Row("attention_rows", "sm_90", "half", 256, ANY, 16, 64, 8, 2),
+    Row("attention_rows", "sm_90", "half", 256, ANY, 32, 64, 8, 2),
     Row("attention", "sm_90", "half", 576, ANY, 32, 64, 8, 2),
     Row("attention_rows", "sm_90", "half", 576, ANY, 16, 64, 8, 2),
     Row("attention_keys", "sm_90", "half", 576, 16, 16, 64, 4, 2),
