@@ -53,7 +53,8 @@ def offsets(
     lane.rows.append(_row(f"index_mask, {rows} x {keys} entries", "", torch.bool, _mask_far(device, rows, keys)))
     lane.notes = [
         "Strides: each tensor is a view of one storage, the first axis beyond the batch spread over it; results and "
-        "gradients equal those of the same numbers in dense tensors, bit for bit.",
+        "gradients equal those of the same numbers in dense tensors, but for a rounding of the largest: kernels are "
+        "compiled anew for such strides.",
         f"Results: the last {LAST} rows of scores, dq and a mask that are larger than that equal those of a call of "
         "these rows alone; the numbers are small whole ones, so that no order of a sum rounds.",
     ]
@@ -85,8 +86,21 @@ def _read_far(op: str, impl: str, dtype: torch.dtype, device: torch.device, far:
     near = make_inputs(device, dtype, sq=40, sk=70, topk=20)
     expected = OPS[op](near, impl)
     results = OPS[op](spread(near, far), impl)
-    differing = [i for i, (x, y) in enumerate(zip(results, expected, strict=True)) if not same_bits(x, y)]
+    differing = [i for i, (x, y) in enumerate(zip(results, expected, strict=True)) if not _nearly(x, y)]
     return f"results {differing} differ" if differing else EQUAL
+
+
+def _nearly(x: Tensor, y: Tensor) -> bool:
+    """Whether two results are equal but for a rounding: a kernel sums in the layout that it is compiled to load.
+
+    What is read from elsewhere is off by more than that.
+    """
+    if same_bits(x, y):
+        return True
+    if not y.is_floating_point() or not y.isfinite().all():
+        return False
+    near = 2 * torch.finfo(y.dtype).eps * y.double().abs().max()
+    return bool((x.double() - y.double()).abs().max() <= near)
 
 
 def _whole(shape: tuple[int, ...], device: torch.device, seed: int) -> Tensor:
