@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import atexit
+import gc
 import os
 import warnings
 from collections.abc import Iterator
@@ -18,6 +20,19 @@ if not torch.cuda.is_available():
 @pytest.fixture(autouse=True, scope="session")
 def threads() -> None:
     torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else 2)  # workers share the cores
+
+
+@pytest.fixture(autouse=True, scope="module")
+def quick_collections() -> None:
+    """Spare the collector what is alive between modules: every measured peak begins with a full collection."""
+    gc.collect()
+    gc.freeze()
+
+
+@pytest.fixture(autouse=True, scope="session")
+def ordinary_end() -> None:
+    """Let the collector see everything at the end: bindings complain of what is left."""
+    atexit.register(gc.unfreeze)
 
 
 @pytest.fixture

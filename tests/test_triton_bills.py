@@ -7,8 +7,7 @@ tests there, read what was asked for (`requested_bytes`), so that the rounding i
 
 from __future__ import annotations
 
-import gc
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 
@@ -67,15 +66,6 @@ CASES = [
     for n, g in enumerate(shapes)
     for dtype in ITEMSIZE
 ]
-
-
-@pytest.fixture(autouse=True, scope="module")
-def quick_collections() -> Iterator[None]:
-    """Spare the collector the heap at every launch."""
-    gc.collect()
-    gc.freeze()
-    yield
-    gc.unfreeze()
 
 
 def measured(problem: Problem, path: IndexerPath) -> dict[str, tuple[int, int]]:
