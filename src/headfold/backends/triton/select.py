@@ -19,7 +19,7 @@ class Row(NamedTuple):
     """Sizes of the selecting kernels for rows of up to `sk` keys.
 
     step, sample: keys of one step of a walk, and of the sample.   warps, sort_warps: of the launches.   many_warps: of
-    sorting MANY_ROWS and more, which fill a chip with fewer warps each.
+    sorting MANY_ROWS and more in one launch, which fill a chip with fewer warps each.
     pairs: kept keys that one program of `count_kernel` compares with as many others.
     """
 
@@ -178,7 +178,7 @@ def _order(indices: Tensor, scores: Tensor | None, top: int, scratch: Scratch) -
     for period, apart in rounds(blocks):
         first = period == 1
         grid = rows, blocks // 2 if first else blocks - apart, b
-        warps = tile.sort_warps if b * rows < MANY_ROWS else tile.many_warps
+        warps = tile.many_warps if blocks == 2 and b * rows >= MANY_ROWS else tile.sort_warps
         constants = {"TOP": top, "BLOCK": block, "FIRST": first, "ONLY": blocks == 2, "num_warps": warps}
         sort_kernel[grid](*kept, *results, blocks, period, apart, *strides, **constants)
     if blocks > 2:

@@ -59,7 +59,8 @@ def _sort(row: Row, width: int) -> Iterator[Specimen]:
         constants = {"BLOCK": plan.block, "FIRST": first, "ONLY": only}
         name = label + ("" if first else " merge")
         yield _specimen(name, sort_kernel, torch.float32, constants, row.sort_warps)
-        yield _specimen(f"{name}, many rows", sort_kernel, torch.float32, constants, row.many_warps)
+        if only:
+            yield _specimen(f"{name}, many rows", sort_kernel, torch.float32, constants, row.many_warps)
     if not only:
         yield _specimen(f"write topk={width}", write_kernel, torch.float32, {"STEP": plan.block}, WRITE_WARPS)
 
