@@ -188,7 +188,7 @@ def test_a_graph_is_judged_in_a_process_of_its_own(
     assert calls == [(lane._graph_here, p.name, "cuda:1") for p in (UPSTREAM[0], UPDATE)]
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="only a CUDA device has CUDA graphs")
 def test_cuda_graphs_are_captured_and_replayed() -> None:
     rows = capture(torch.device("cuda")).rows
     assert [row for row in rows if row["verdict"] != PASS] == []

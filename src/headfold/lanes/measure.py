@@ -47,7 +47,7 @@ def allocator_peak(run: Callable[[], Any], device: torch.device) -> Peak:
 
 
 def _collect() -> None:
-    """Free what died. Later collections leave out what is alive at the first: a full one takes 0.2 s, for modules."""
+    """Free what died. Later collections leave out what is alive at the first, mostly modules, slow to walk."""
     gc.collect()
     _freeze_once()
 

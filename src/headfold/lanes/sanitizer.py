@@ -64,6 +64,7 @@ def _watched(program: str, impl: str, dtype: str, device: torch.device) -> Row:
     code = f"from headfold.lanes.sanitizer import exercise; exercise({impl!r}, {dtype!r}, {str(device)!r})"
     watch = [program, "--tool", TOOL, "--error-exitcode", str(STATUS)]
     command = [*watch, sys.executable, "-W", "ignore", "-c", code]
+    # Torch would hand out parts of large blocks, inside which the tool sees no access as outside.
     environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS, check=False, env=environment)

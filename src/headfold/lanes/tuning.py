@@ -153,7 +153,7 @@ def _row(
         row |= _compiled(candidate, arch, dtype, heads, dim)
         if row["verdict"] != FAIL:
             row |= _timed(candidate, call, device)
-    except Exception as error:  # noqa: BLE001 - compilers and launches raise many types: each ends its candidate, by name
+    except Exception as error:  # noqa: BLE001 - a compiler or launch raises any type; the next tile is tried, this one says it
         row |= {"verdict": FAIL, "note": f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"}
     if row["verdict"] == FAIL:  # a tile that does not fit is an answer, not a broken contract
         row["verdict"] = ""

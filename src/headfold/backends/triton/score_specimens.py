@@ -6,13 +6,13 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-import triton
 
 from headfold.backends.triton.backward import key_gradients, query_gradients
 from headfold.backends.triton.compiling import Specimen
 from headfold.backends.triton.folding import fold_heads, unfold_heads
 from headfold.backends.triton.forward import score_slab
-from headfold.backends.triton.products import ACCUMULATORS, pieces
+from headfold.backends.triton.launches import constants_of
+from headfold.backends.triton.products import ACCUMULATORS
 from headfold.backends.triton.table import ANY, Row, rows_of
 
 KERNELS: dict[str, Any] = {"scores": score_slab, "query_gradients": query_gradients, "key_gradients": key_gradients}
@@ -52,28 +52,10 @@ def score_specimen(row: Row, dtype: str, h: int, d: int, *, ranged: bool = False
     """Return a kernel with the tile of `row`, on inputs of a dtype; ranged, biased: with these."""
     kernel = KERNELS[row.kernel]
     compute = torch.float64 if dtype == "float64" else torch.float32
-    first, second = pieces(d)
-    heads = triton.next_power_of_2(h)
-    constants: dict[str, Any] = dict.fromkeys(DENSE, 1)
-    constants |= {
-        "RATIO": 1,
-        "HAS_OFFSET": True,
-        "RELU": True,
-        "ADD": False,
-        "H": h,
-        "D": d,
-        "HEADS": heads,
-        "FIRST": first,
-        "SECOND": second,
-        "ROWS": max(1, row.rows // heads),
-        "KEYS": row.keys,
-        "STAGES": row.stages,
-        "SCAN": 256,
-        "PRECISION": "tf32" if dtype == "float16" else "ieee",
-        "WIDE": dtype == "float16",
-        "ACC": ACCUMULATORS[compute],
-        "UPCAST": False,
-    }
+    half = dtype == "float16"
+    # What a launch passes, so that what is compiled here is what runs.
+    launched = constants_of(row, 1, True, True, h, d, "tf32" if half else "ieee", compute, False)
+    constants: dict[str, Any] = {**dict.fromkeys(DENSE, 1), **launched, "ADD": False, "SCAN": 256, "WIDE": half}
     types = {"scale": "fp64", "sq": "i32", "sk": "i32", "offset": "i32", "per_program": "i32"}
     types |= dict.fromkeys(("q", "k", "weights", "dq", "dweights", "dk"), POINTERS[dtype])
     types |= {name: POINTERS[str(compute).removeprefix("torch.")] for name in ("out", "g", "bias")}

@@ -224,7 +224,7 @@ class Attention:
         """Attend to the selected, visible keys."""
         op = "unfused_dsa_fn"
         if value is None:
-            # Upstream's own type: what catches its refusal has to catch ours.
+            # Upstream's own type here: what catches its refusal has to catch ours. Nothing of this is unfinished.
             raise NotImplementedError(f"{op}: value must be a tensor, got None.")
         packed = query.dim() == 3
         indices, keys = _seen(op, topk_indices, mask, varlen_starts, varlen_ends, key_positions, query.device)
