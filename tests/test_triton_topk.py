@@ -48,14 +48,12 @@ def selected(
 ) -> tuple[Tensor, Tensor]:
     """Run the kernels on a slab [b, rows, sk], with little room to wait, into results full of what nobody writes."""
     shape, rows = (*slab.shape[:2], topk), slab.shape[0] * slab.shape[1]
-    scratch = Scratch(Kept(rows, topk, max(topk, capacity), slab.itemsize, rows), slab.device)
+    scratch = Scratch(Kept(rows, topk, max(topk, capacity), slab.itemsize), slab.device)
     for buffer in (
         scratch.found,
-        scratch.waiting,
         scratch.packed,
         scratch.count,
         scratch.found_key,
-        scratch.waiting_key,
     ):
         if buffer is not None:
             buffer.fill_(-77)
@@ -143,7 +141,7 @@ def test_a_misleading_sample_costs_time_and_nothing_else(kind: str, dtype: torch
 def test_more_than_two_blocks_are_merged(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(triton_tiles, "_SORTED", 8)
     slab = torch.randn(1, 1, 90, generator=torch.Generator().manual_seed(0)).mul(4).round().to(DEVICE)
-    assert Kept(1, 70, 70, 4, 1).blocks == 10
+    assert Kept(1, 70, 70, 4).blocks == 10
     assert_in_order(slab, 70, selected(slab, 70))
 
 
@@ -291,7 +289,7 @@ def test_slabs_cover_every_row_once_within_the_workspace(
         rows = (part.batch_end - part.batch) * (part.row_end - part.row)
         assert part.width == limit(part.row_end - 1) > 0
         assert part.row % plan.least == 0
-        assert 0 < rows <= plan.kept.waiting <= plan.kept.rows
+        assert 0 < rows <= plan.kept.rows
         assert rows * triton_tiles.padded(part.width) <= plan.elements
         seen += [(i, row) for i in range(part.batch, part.batch_end) for row in (part.row, part.row_end - 1)]
         assert all(limit(row) <= part.width for row in (part.row, part.row_end - 1))

@@ -14,9 +14,9 @@ from headfold.tiles import MIB
 
 # A slab of scores stays in L2 between the kernel that fills it and the one that selects from it (50 MB on an H100).
 _SLAB_BYTES = 32 * MIB
-# What waits of its rows, and what is kept of many slabs' rows until they are sorted together: a slab of long rows has
-# too few of them to fill a chip. With a slab this leaves the default workspace room to spare.
-_WAITING_BYTES, _KEPT_BYTES = 16 * MIB, 14 * MIB
+# What is kept of the rows of some slabs until it is sorted: a slab of long rows has too few of them to fill a chip. With
+# a slab this leaves the default workspace room to spare.
+_KEPT_BYTES = 30 * MIB
 # The fixed grid: slabs begin at a multiple of so many rows, and of the rows that one program scores, so that a row has
 # one place in its tile whatever the workspace. Fewer where even those are large: no GPU's product depends on the place.
 _ROWS = 16
@@ -24,9 +24,9 @@ _PRODUCT_ROWS = 128  # rows x heads
 _LEAST_BYTES = 12 * MIB
 # Scores that a row of a slab is padded to, so that rows begin where vector loads can.
 PADDING = 64
-# Keys that may wait for the cut. The pivots of a sample of 1024 keys leave 1400 between them where one key in eight of
-# 16384 is kept, and more in longer rows, which take a larger sample.
-_WAITING, _WAITING_LONG, _LONG = 4096, 8192, 65536
+# Keys that may be kept for the cut. The pivot of a sample of 1024 keys leaves 2700 above it where one key in eight of
+# 16384 is selected, give or take 650 deviations' worth, and more in longer rows, which take a larger sample.
+_CAPACITY, _CAPACITY_LONG, _LONG = 4096, 8192, 65536
 # The sorting network takes two blocks in registers: as many as are kept, or two of these at a time.
 _SORTED = 1024
 _KEY = 4  # bytes of an int32
@@ -37,21 +37,20 @@ _GRID = 65535  # programs along the second and third axis of a CUDA grid, which 
 class Kept:
     """Scratch to select `topk` keys of so many rows before they are sorted, whose scores have `size` bytes.
 
-    capacity: how many keys of a row may wait for its cut, at least topk.   waiting: rows whose keys wait at once.
+    capacity: how many keys of a row may be kept for its cut, at least topk.
     """
 
     rows: int
     topk: int
     capacity: int
     size: int
-    waiting: int
 
     @classmethod
-    def of(cls, rows: int, sk: int, topk: int, size: int, waiting: int | None = None) -> Kept:
-        """Return the scratch for rows of sk keys, all of which wait at once unless `waiting` says fewer."""
+    def of(cls, rows: int, sk: int, topk: int, size: int) -> Kept:
+        """Return the scratch for rows of sk keys."""
         topk = min(topk, sk)
-        capacity = max(topk, min(sk, _WAITING if sk <= _LONG else _WAITING_LONG))
-        return cls(rows, topk, capacity, size, rows if waiting is None else waiting)
+        capacity = max(topk, min(sk, _CAPACITY if sk <= _LONG else _CAPACITY_LONG))
+        return cls(rows, topk, capacity, size)
 
     @property
     def block(self) -> int:
@@ -71,17 +70,12 @@ class Kept:
     @property
     def row_bytes(self) -> int:
         """Scratch of one row: the order and key of what is kept, a count, and what is packed."""
-        return self.topk * (self.size + _KEY) + _KEY + 8 * self.packed
-
-    @property
-    def waiting_bytes(self) -> int:
-        """Scratch of one row while its keys wait: their order and key."""
-        return self.capacity * (self.size + _KEY)
+        return self.capacity * (self.size + _KEY) + _KEY + 8 * self.packed
 
     @property
     def scratch_bytes(self) -> int:
         """Scratch of all rows."""
-        return self.rows * self.row_bytes + self.waiting * self.waiting_bytes
+        return self.rows * self.row_bytes
 
 
 @dataclass(frozen=True)
@@ -103,27 +97,18 @@ class SlabSelection:
     ) -> SlabSelection:
         """Return the fold that a workspace leaves room for, or the smallest there is."""
         one = Kept.of(1, sk, topk, size)
-        scored, waiting_row = padded(sk) * size, one.waiting_bytes + (0 if relu else d * size)
-        held = scored + waiting_row + one.row_bytes
+        scored, kept_row = padded(sk) * size, one.row_bytes + (0 if relu else d * size)
         least = max(_ROWS, _PRODUCT_ROWS >> (h - 1).bit_length())
-        while least > 1 and min(sq, least) * held > _LEAST_BYTES:
+        while least > 1 and min(sq, least) * (scored + kept_row) > _LEAST_BYTES:
             least //= 2
         least = max(1, min(sq, least))
         most = max(1, b) * -(-sq // least) * least
-
-        def rows(space: int, row_bytes: int) -> int:
-            return max(least, min(most, space // max(1, row_bytes) // least * least))
-
-        # A slab of rows that see few keys has more of them, so what waits has a share of its own.
-        room = max(0, workspace - least * scored)
-        share = room * waiting_row // max(1, waiting_row + one.row_bytes)
-        waiting = min(rows(min(_WAITING_BYTES, workspace // 4, share), waiting_row), _GRID // least * least)
-        share = room - waiting * waiting_row
-        sorted_rows = max(waiting, rows(min(_KEPT_BYTES, workspace * 7 // 32, share), one.row_bytes))
-        spare = workspace - waiting * waiting_row - sorted_rows * one.row_bytes
+        # A slab of rows that see few keys has more of them, so what is kept has a share of its own.
+        space = min(_KEPT_BYTES, workspace * 15 // 32, max(0, workspace - least * scored))
+        rows = max(least, min(most, space // kept_row // least * least, _GRID // least * least))
+        spare = workspace - rows * kept_row
         elements = max(least, min(most, min(_SLAB_BYTES, spare) // max(1, scored))) * padded(sk)
-        kept = replace(one, rows=sorted_rows, waiting=waiting)
-        return cls(kept, elements, least, ScoreTile(1, waiting, sk, h, d, size, relu).folded_bytes)
+        return cls(replace(one, rows=rows), elements, least, ScoreTile(1, rows, sk, h, d, size, relu).folded_bytes)
 
     @property
     def scratch_bytes(self) -> int:
@@ -135,7 +120,7 @@ class SlabSelection:
         batches = 1
         if self._rows(0, sq, limit) == sq:
             most = self.elements // max(1, sq * padded(limit(sq - 1)))
-            batches = max(1, min(b, self.kept.waiting // max(1, sq), most))
+            batches = max(1, min(b, self.kept.rows // max(1, sq), most))
         for batch in range(0, b, batches):
             row = 0
             while row < sq:
@@ -152,7 +137,7 @@ class SlabSelection:
             rows = min(sq - row, grains * self.least)
             return rows * padded(limit(row + rows - 1)) > self.elements
 
-        most = max(1, self.kept.waiting // self.least)
+        most = max(1, self.kept.rows // self.least)
         rows = self.least * max(1, bisect_left(range(1, most + 1), x=True, key=crowded))
         return min(sq - row, rows)
 

@@ -1,9 +1,8 @@
-"""The best keys of every row of a slab of scores, exactly, in the total order.
+"""Keys of every row of a slab of scores that hold its best ones, exactly, and at most as many as there is room for.
 
-One program keeps one row. A sample of it says between which two pivots the cut lies; one walk over the row then takes
-what is above both and lets what is between wait; the waiting ones are cut by bisection. Where the sample was wrong, or
-more lie between than may wait, the pivots are bisected over the row itself until they are right, and the walk is made
-again: the sample decides how long it takes, never what is kept. Kept keys are then sorted.
+One program keeps one row. A sample of it says above which pivot about one and a half times as many keys lie as are
+wanted; one walk over the row keeps those. Where the sample was wrong, the pivot is bisected over the row itself until it
+is right, and the walk is made again: the sample decides how long it takes, never what is selected in the end.
 
 Scores are compared as integers of their own width that have their order: equal zeros, and one NaN above all others.
 """
@@ -15,10 +14,8 @@ import triton.language as tl
 
 from headfold.backends.triton.visible import row_bounds
 
-# Deviations of the sample's count that the pivots lie apart on either side; a wrong sample costs time only.
+# Deviations of the sample's count that the pivot lies below the cut; a wrong sample costs time only.
 DEVIATIONS = tl.constexpr(3.5)
-# Bits of a count in the lower half of a pair of counts.
-HALF, LOW_HALF = tl.constexpr(16), tl.constexpr(0xFFFF)
 
 
 @triton.jit
@@ -49,17 +46,9 @@ def scores_of(order, TOP: tl.constexpr):
 
 
 @triton.jit
-def _between(low, high):
+def between(low, high):
     """Return the middle of two integers, rounded down, where their sum would overflow."""
     return (low & high) + ((low ^ high) >> 1)
-
-
-@triton.jit
-def _chunk(scores, first, high, fence, BOTTOM: tl.constexpr, TOP: tl.constexpr, STEP: tl.constexpr):
-    """Return STEP keys of a row and their order, BOTTOM from `high` on; nothing from `fence` on is read."""
-    t = first + tl.arange(0, STEP)
-    order = ordered(tl.load(scores + t, mask=t < fence, other=0.0), TOP)
-    return t, tl.where(t < high, order, BOTTOM)
 
 
 @triton.jit
@@ -75,10 +64,10 @@ def key_of(both):
 
 
 @triton.jit
-def _put(found, found_key, at, order, key, mask):
+def put(found, found_key, at, order, key, mask):
     """Write orders and keys to places of a row: together where one int64 holds both, else to two arrays.
 
-    found, found_key: the start of what is kept or of what waits, of one or of each.
+    found, found_key: the start of what is kept of a row, of one or of each.
     """
     if found_key is None:
         tl.store(found + at, packed(order, key), mask=mask)
@@ -88,41 +77,42 @@ def _put(found, found_key, at, order, key, mask):
 
 
 @triton.jit
-def _get(found, found_key, at, mask):
-    """Read orders and keys back, zeros where not in mask."""
-    x = tl.load(found + at, mask=mask, other=0)
-    if found_key is None:
-        order, key = (x >> 32).to(tl.int32), key_of(x).to(tl.int32)
-    else:
-        order, key = x, tl.load(found_key + at, mask=mask, other=0)
-    return order, key
+def numbered(chosen):
+    """Return a place for each of what is chosen [deep, wide], from 0 on, thread by thread, and how many there are.
+
+    A thread holds a column: of the sum over all of them only one value a column crosses threads.
+    """
+    one = chosen.to(tl.int32)
+    within = tl.cumsum(one, axis=0)
+    each = tl.sum(one, axis=0)
+    return (tl.cumsum(each, axis=0) - each)[None, :] + (within - one), tl.sum(each, axis=0)
 
 
 @triton.jit
-def _pivots(scores, low, n, topk, BOTTOM: tl.constexpr, TOP: tl.constexpr, ORDER: tl.constexpr, SAMPLE: tl.constexpr):
-    """Return two pivots, from an even sample of the row, between which its cut probably lies."""
+def _step(scores, first, high, TOP: tl.constexpr, DEEP: tl.constexpr, WIDE: tl.constexpr):
+    """Return DEEP · WIDE keys of a row and their order, that of -inf from `high` on."""
+    t = first + tl.arange(0, DEEP)[:, None] * WIDE + tl.arange(0, WIDE)[None, :]
+    return t, ordered(tl.load(scores + t, mask=t < high, other=float("-inf")), TOP)
+
+
+@triton.jit
+def _pivot(scores, low, n, topk, BOTTOM: tl.constexpr, TOP: tl.constexpr, ORDER: tl.constexpr, SAMPLE: tl.constexpr):
+    """Return a pivot, from an even sample of the row, above which its best topk probably lie."""
     i = tl.arange(0, SAMPLE).to(tl.int64)
     order = ordered(tl.load(scores + low + i * n // SAMPLE), TOP)
     share = topk.to(tl.float32) / n.to(tl.float32)
     apart = DEVIATIONS * tl.sqrt(SAMPLE * share * (1 - share)) + 2
-    most = tl.floor(SAMPLE * share - apart).to(tl.int32)
     least = tl.ceil(SAMPLE * share + apart).to(tl.int32)
-    # At most `most` of the sample lie above `b`, at least `least` above `a`.
-    a, a_high = tl.full((), BOTTOM, ORDER), tl.full((), TOP, ORDER)
-    b_low, b = tl.full((), BOTTOM, ORDER), tl.full((), TOP, ORDER)
-    if most < 0:
-        b_low = b
+    a, high = tl.full((), BOTTOM, ORDER), tl.full((), TOP, ORDER)
     if least > SAMPLE:
-        a_high = a
-    while (a < a_high - 1) | (b_low < b - 1):
-        a_next, b_next = _between(a, a_high), _between(b_low, b)
-        counts = tl.sum((order > b_next).to(tl.int32) + ((order > a_next).to(tl.int32) << HALF), axis=0)
-        above_b, above_a = counts & LOW_HALF, counts >> HALF
-        a_high = tl.where(above_a < least, a_next, tl.where(above_a == least, a_next + 1, a_high))
-        a = tl.where(above_a < least, a, a_next)
-        b_low = tl.where(above_b > most, b_next, tl.where(above_b == most, b_next - 1, b_low))
-        b = tl.where(above_b > most, b, b_next)
-    return tl.minimum(a, b), b
+        high = a
+    while a < high - 1:
+        middle = between(a, high)
+        above = tl.sum((order > middle).to(tl.int32), axis=0)
+        # At least `least` of the sample lie above `a`, fewer above `high`, unless as many do: then it is found.
+        high = tl.where(above < least, middle, tl.where(above == least, middle + 1, high))
+        a = tl.where(above < least, a, middle)
+    return a
 
 
 @triton.jit
@@ -130,48 +120,57 @@ def _walk(
     scores,
     found,
     found_key,
-    waiting,
-    waiting_key,
     low,
     high,
-    fence,
     a,
-    b,
-    topk,
+    until,
     capacity,
-    BOTTOM: tl.constexpr,
+    TIES: tl.constexpr,
     TOP: tl.constexpr,
-    STEP: tl.constexpr,
+    DEEP: tl.constexpr,
+    WIDE: tl.constexpr,
 ):
-    """Keep what is above b, let what is above a alone wait, both in the order of keys; return their numbers."""
+    """Keep what is above a and, with TIES, keys before `until` of what is a; return how many those are."""
+    kept = tl.zeros((), tl.int32)
+    for first in range(low, high, DEEP * WIDE):
+        t, order = _step(scores, first, high, TOP, DEEP, WIDE)
+        chosen = order > a
+        if TIES:
+            chosen = chosen | ((order == a) & (t < until))
+        place, many = numbered(chosen)
+        at = kept + place
+        put(found, found_key, at, order, t, chosen & (at < capacity))
+        kept += many
+    return kept
+
+
+@triton.jit
+def _above(scores, low, high, pivot, TOP: tl.constexpr, DEEP: tl.constexpr, WIDE: tl.constexpr):
+    """Return how many keys of a row are above a pivot."""
     above = tl.zeros((), tl.int32)
-    between = tl.zeros((), tl.int32)
-    for first in range(low // 16 * 16, high, STEP):
-        t, order = _chunk(scores, first, high, fence, BOTTOM, TOP, STEP)
-        over, under = order > b, (order > a) & (order <= b)
-        tally = over.to(tl.int32) + (under.to(tl.int32) << HALF)
-        place = tl.cumsum(tally, axis=0) - tally
-        at = tl.where(over, above + (place & LOW_HALF), between + (place >> HALF))
-        room = at < tl.where(over, topk, capacity)
-        places, key_places = tl.where(over, found, waiting), None
-        if found_key is not None:
-            key_places = tl.where(over, found_key, waiting_key)
-        _put(places, key_places, at, order, t, (over | under) & room)
-        total = tl.sum(tally, axis=0)
-        above += total & LOW_HALF
-        between += total >> HALF
-    return above, between
+    for first in range(low, high, DEEP * WIDE):
+        _, order = _step(scores, first, high, TOP, DEEP, WIDE)
+        above += tl.sum(tl.sum((order > pivot).to(tl.int32), axis=0), axis=0)
+    return above
 
 
-@triton.jit(do_not_specialize=["sk", "topk", "capacity", "first_line", "offset"])
+@triton.jit
+def _ties(scores, low, value, until, TOP: tl.constexpr, DEEP: tl.constexpr, WIDE: tl.constexpr):
+    """Return how many keys before `until` have a value."""
+    ties = tl.zeros((), tl.int32)
+    for first in range(low, until, DEEP * WIDE):
+        _, order = _step(scores, first, until, TOP, DEEP, WIDE)
+        ties += tl.sum(tl.sum((order == value).to(tl.int32), axis=0), axis=0)
+    return ties
+
+
+@triton.jit(do_not_specialize=["sk", "topk", "capacity", "first_line", "offset", "scores_batch", "scores_row"])
 def keep_kernel(
     scores,
     start,
     end,
     found,
     found_key,
-    waiting,
-    waiting_key,
     count,
     sk,
     topk,
@@ -186,29 +185,24 @@ def keep_kernel(
     end_row,
     RATIO: tl.constexpr,
     HAS_OFFSET: tl.constexpr,
-    ALIGNED: tl.constexpr,
     BOTTOM: tl.constexpr,
     TOP: tl.constexpr,
     ORDER: tl.constexpr,
     SAMPLE: tl.constexpr,
-    STEP: tl.constexpr,
+    DEEP: tl.constexpr,
+    WIDE: tl.constexpr,
 ):
-    """Keep the best topk keys of a row that score above -inf, in no order.
+    """Keep at least the best topk keys of a row that score above -inf, and at most capacity, in no order.
 
-    found: [lines, topk], int64 of order and key, or orders alone with found_key beside them: what is kept. The rows of
-    all batches are lines from `first_line` on.   waiting, waiting_key: as those, [batches, rows, capacity], what waits
-    for the cut; capacity is at least topk.   count: int32 [lines], how many are kept.
-    ALIGNED: whether rows begin at, and may be read up to, a multiple of 16 scores.
+    found: [lines, capacity], int64 of order and key, or orders alone with found_key beside them. The rows of all batches
+    are lines from `first_line` on; capacity is at least topk.   count: int32 [lines], how many are kept.
     """
     row, batch = tl.program_id(0), tl.program_id(1).to(tl.int64)
-    here = batch * tl.num_programs(0) + row
-    line = first_line + here
+    line = first_line + batch * tl.num_programs(0) + row
     scores += batch * scores_batch + row.to(tl.int64) * scores_row
-    found += line * topk
-    waiting += here * capacity
+    found += line * capacity
     if found_key is not None:
-        found_key += line * topk
-        waiting_key += here * capacity
+        found_key += line * capacity
     if start is not None:
         start += batch * start_batch
     if end is not None:
@@ -217,68 +211,35 @@ def keep_kernel(
     lows, highs = row_bounds(rows, rows >= 0, sk, start, end, start_row, end_row, offset, RATIO, HAS_OFFSET)
     low, high = tl.max(lows, axis=0), tl.max(highs, axis=0)
     n = tl.maximum(high - low, 0)
-    fence = (high + 15) // 16 * 16 if ALIGNED else high
 
-    a, b = tl.full((), BOTTOM, ORDER), tl.full((), TOP, ORDER)
-    if n <= topk:
-        b = a
-    elif n > capacity:
-        a, b = _pivots(scores, low, n, topk, BOTTOM, TOP, ORDER, SAMPLE)
-    above, between = _walk(
-        scores, found, found_key, waiting, waiting_key, low, high, fence, a, b, topk, capacity, BOTTOM, TOP, STEP
-    )
+    a = tl.full((), BOTTOM, ORDER)
+    if n > capacity:
+        a = _pivot(scores, low, n, topk, BOTTOM, TOP, ORDER, SAMPLE)
+    kept = _walk(scores, found, found_key, low, high, a, low, capacity, False, TOP, DEEP, WIDE)
 
-    # The cut lies in (a, b]: at most topk keys are above b, and at least topk above a, or a is BOTTOM.
-    crowded = (between > capacity) & (a + 1 < b)
-    short = (above + between < topk) & (a > BOTTOM)
-    if (above > topk) | short | crowded:
-        more, fewer = above + between, above
-        if above > topk:
-            a, more, b, fewer = b, above, tl.full((), TOP, ORDER), tl.zeros((), tl.int32)
-        elif short:
-            b, fewer, a, more = a, above + between, tl.full((), BOTTOM, ORDER), n
-        while (a + 1 < b) & (more - fewer > capacity):
-            pivot = _between(a, b)
-            over = tl.zeros((), tl.int32)
-            for first in range(low // 16 * 16, high, STEP):
-                _, order = _chunk(scores, first, high, fence, BOTTOM, TOP, STEP)
-                over += tl.sum((order > pivot).to(tl.int32), axis=0)
-            if over > topk:
-                a, more = pivot, over
-            else:
+    short = (kept < topk) & (a > BOTTOM)
+    if (kept > capacity) | short:
+        # At least topk keys are above a, or it is BOTTOM, and fewer are above b.
+        more, fewer, b = kept, tl.zeros((), tl.int32), tl.full((), TOP, ORDER)
+        if short:
+            b, fewer, a, more = a, kept, tl.full((), BOTTOM, ORDER), n
+        while (a + 1 < b) & (more > capacity):
+            pivot = between(a, b)
+            over = _above(scores, low, high, pivot, TOP, DEEP, WIDE)
+            if over < topk:
                 b, fewer = pivot, over
+            else:
+                a, more = pivot, over
+        until = low
+        if more > capacity:
+            # Too many have the one value b: its first keys are enough.
+            a, last = b, high
+            while until + 1 < last:
+                middle = between(until, last)
+                enough = fewer + _ties(scores, low, a, middle, TOP, DEEP, WIDE) >= topk
+                last = tl.where(enough, middle, last)
+                until = tl.where(enough, until, middle)
+            until = last
         tl.debug_barrier()
-        above, between = _walk(
-            scores, found, found_key, waiting, waiting_key, low, high, fence, a, b, topk, capacity, BOTTOM, TOP, STEP
-        )
-    tl.debug_barrier()
-
-    # Of those that wait, in the order of keys, take what is above b, and the first ones of what is b.
-    wanted, between = topk - above, tl.minimum(between, capacity)
-    taken = tl.zeros((), tl.int32)
-    if wanted >= between:
-        b, taken = a, between
-    while (a + 1 < b) & (taken < wanted):
-        pivot = _between(a, b)
-        over = tl.zeros((), tl.int32)
-        for first in range(0, between, STEP):
-            i = first + tl.arange(0, STEP)
-            order, _ = _get(waiting, waiting_key, i, i < between)
-            over += tl.sum(((order > pivot) & (i < between)).to(tl.int32), axis=0)
-        if over > wanted:
-            a = pivot
-        else:
-            b, taken = pivot, over
-    at_over, at_even = above, above + taken
-    for first in range(0, between, STEP):
-        i = first + tl.arange(0, STEP)
-        order, key = _get(waiting, waiting_key, i, i < between)
-        over, even = (order > b) & (i < between), (order == b) & (i < between)
-        tally = over.to(tl.int32) + (even.to(tl.int32) << HALF)
-        place = tl.cumsum(tally, axis=0) - tally
-        at = tl.where(over, at_over + (place & LOW_HALF), at_even + (place >> HALF))
-        _put(found, found_key, at, order, key, (over | even) & (at < topk))
-        total = tl.sum(tally, axis=0)
-        at_over += total & LOW_HALF
-        at_even += total >> HALF
-    tl.store(count + line, tl.minimum(at_even, topk))
+        kept = _walk(scores, found, found_key, low, high, a, until, capacity, True, TOP, DEEP, WIDE)
+    tl.store(count + line, tl.minimum(kept, capacity))

@@ -1,7 +1,8 @@
 """What was kept of a row, put in order: by a sorting network where a score and its key share 64 bits, else by counting.
 
-The network sorts two blocks in registers. A row of more is sorted in pairs of blocks, and Batcher's merge exchange says
-which pairs, from their numbers alone: a launch is one round of it.
+A row of up to 2048 is sorted by a network over its leading bits, and neighbours that those put wrong change places until
+none does. A row of more is sorted in pairs of blocks, whole, and Batcher's merge exchange says which pairs, from their
+numbers alone: a launch is one round of it.
 """
 
 from __future__ import annotations
@@ -9,7 +10,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from headfold.backends.triton.cut import cut
 from headfold.backends.triton.keep import key_of, scores_of
+from headfold.backends.triton.network import places_by
 
 NOTHING = tl.constexpr(-(2**63))
 
@@ -25,31 +28,81 @@ def _write(packed, indices, scores, j, topk, TOP: tl.constexpr):
         tl.store(scores + j, score, mask=j < topk)
 
 
-@triton.jit(do_not_specialize=["topk", "blocks", "period", "apart"])
-def sort_kernel(
+# Were rows known to be aligned, a thread would take several neighbours, and neighbours would lie on fewer threads.
+@triton.jit(do_not_specialize=["topk", "capacity", "indices_batch", "indices_row", "scores_batch", "scores_row"])
+def order_kernel(
     found,
     count,
-    packed,
     indices,
     scores,
     topk,
-    blocks,
-    period,
-    apart,
+    capacity,
     indices_batch,
     indices_row,
     scores_batch,
     scores_row,
     TOP: tl.constexpr,
+    LOG: tl.constexpr,
+    LANES: tl.constexpr,
+    CHUNK: tl.constexpr,
+    HELD: tl.constexpr,
+    DEEP: tl.constexpr,
+    WIDE: tl.constexpr,
+):
+    """Write the best topk of what was kept of a row in order; topk is at most 2 ** LOG.
+
+    found, count: as `cut_kernel` takes them. Until they are right, the row's indices hold places in found.
+    """
+    row, batch = tl.program_id(0), tl.program_id(2).to(tl.int64)
+    line = batch * tl.num_programs(0) + row
+    found += line * capacity
+    indices += batch * indices_batch + row.to(tl.int64) * indices_row
+    if scores is not None:
+        scores += batch * scores_batch + row.to(tl.int64) * scores_row
+    many = cut(found, None, tl.load(count + line), topk, HELD, DEEP, WIDE)
+    e = tl.arange(0, 1 << LOG)
+    kept = tl.load(found + e, mask=e < many, other=0)
+    place = places_by((kept >> 32).to(tl.int32), e < many, LOG, LANES)
+    tl.store(indices + e, place.to(indices.dtype.element_ty), mask=e < many)
+    tl.debug_barrier()
+
+    swaps = tl.full((), 1, tl.int32)
+    while swaps > 0:
+        swaps = tl.zeros((), tl.int32)
+        for odd in range(0, 2):
+            for first in range(odd, many - 1, CHUNK):
+                j = first + 2 * tl.arange(0, CHUNK // 2)
+                pair = j + 1 < many
+                left = tl.load(indices + j, mask=pair, other=0)
+                right = tl.load(indices + j + 1, mask=pair, other=0)
+                wrong = pair & (tl.load(found + left, mask=pair, other=0) < tl.load(found + right, mask=pair, other=0))
+                tl.store(indices + j, right, mask=wrong)
+                tl.store(indices + j + 1, left, mask=wrong)
+                swaps += tl.sum(wrong.to(tl.int32), axis=0)
+            tl.debug_barrier()
+
+    for first in range(0, topk, CHUNK):
+        j = first + tl.arange(0, CHUNK)
+        best = tl.load(indices + j, mask=j < many, other=0)
+        _write(tl.load(found + best, mask=j < many, other=NOTHING), indices, scores, j, topk, TOP)
+
+
+@triton.jit(do_not_specialize=["capacity", "blocks", "period", "apart"])
+def merge_kernel(
+    found,
+    count,
+    packed,
+    capacity,
+    blocks,
+    period,
+    apart,
     BLOCK: tl.constexpr,
     FIRST: tl.constexpr,
-    ONLY: tl.constexpr,
 ):
     """Sort the blocks `apart` from each other of a row, the best first.
 
-    FIRST: pack what was kept, and sort each even block and the next one. kept, kept_key: [batches, rows, topk], the
-    order of a score and its key; count: [batches, rows], how many.   ONLY: there are but two blocks, write the results.
-    Else packed: int64 [batches, rows, blocks · BLOCK], order over key ^ LARGEST, in a round whose runs have `period`.
+    FIRST: take what was cut, and sort each even block and the next one. found, count: as `cut_kernel` left them.
+    Else packed: int64 [batches, rows, blocks · BLOCK], of the same, in a round whose runs have `period`.
     """
     row, batch = tl.program_id(0), tl.program_id(2).to(tl.int64)
     line = batch * tl.num_programs(0) + row
@@ -64,17 +117,10 @@ def sort_kernel(
     e = tl.arange(0, 2 * BLOCK)
     j = tl.where(e < BLOCK, one * BLOCK + e, (one + apart - 1) * BLOCK + e)
     if FIRST:
-        x = tl.load(found + line * topk + j, mask=j < tl.load(count + line), other=NOTHING)
+        x = tl.load(found + line * capacity + j, mask=j < tl.load(count + line), other=NOTHING)
     else:
         x = tl.load(packed + line * blocks * BLOCK + j)
-    x = tl.sort(x, descending=True)
-    if ONLY:
-        indices += batch * indices_batch + row.to(tl.int64) * indices_row
-        if scores is not None:
-            scores += batch * scores_batch + row.to(tl.int64) * scores_row
-        _write(x, indices, scores, e, topk, TOP)
-    else:
-        tl.store(packed + line * blocks * BLOCK + j, x)
+    tl.store(packed + line * blocks * BLOCK + j, tl.sort(x, descending=True))
 
 
 @triton.jit(do_not_specialize=["topk"])
@@ -102,7 +148,7 @@ def write_kernel(
     _write(x, indices, scores, j, topk, TOP)
 
 
-@triton.jit(do_not_specialize=["topk"])
+@triton.jit(do_not_specialize=["topk", "capacity"])
 def count_kernel(
     found,
     found_key,
@@ -110,6 +156,7 @@ def count_kernel(
     indices,
     scores,
     topk,
+    capacity,
     indices_batch,
     indices_row,
     scores_batch,
@@ -117,14 +164,14 @@ def count_kernel(
     TOP: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Write what was kept to the place that the number of better ones gives it: the order of any width, unpacked.
+    """Write what was cut to the place that the number of better ones gives it: the order of any width, unpacked.
 
-    found, found_key: [batches, rows, topk], order and key of what is kept.   count: [batches, rows], how many.
+    found, found_key: [lines, capacity], order and key.   count: [lines], how many.
     """
     row, batch = tl.program_id(0), tl.program_id(2).to(tl.int64)
     line = batch * tl.num_programs(0) + row
-    found += line * topk
-    found_key += line * topk
+    found += line * capacity
+    found_key += line * capacity
     many = tl.load(count + line)
     i = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     order = tl.load(found + i, mask=i < many, other=0)

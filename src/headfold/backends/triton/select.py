@@ -8,27 +8,28 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
+from headfold.backends.triton.cut import cut_kernel
 from headfold.backends.triton.keep import keep_kernel
-from headfold.backends.triton.order import count_kernel, sort_kernel, write_kernel
+from headfold.backends.triton.order import count_kernel, merge_kernel, order_kernel, write_kernel
 from headfold.backends.triton.table import arch_of
 from headfold.backends.triton.visible import bound_strides
-from headfold.triton_tiles import Kept, cdiv
+from headfold.triton_tiles import Kept, cdiv, power_of_two
 
 
 class Row(NamedTuple):
     """Sizes of the selecting kernels for rows of up to `sk` keys.
 
-    step, sample: keys of one step of a walk, and of the sample.   warps, sort_warps: of the launches.   many_warps: of
-    sorting MANY_ROWS and more in one launch, which fill a chip with fewer warps each.
+    deep, sample: keys that a thread takes in one step of a walk, and keys of the sample.   warps, order_warps: of the
+    launches.   many_warps: of ordering MANY_ROWS and more in one launch, which fill a chip with fewer warps each.
     pairs: kept keys that one program of `count_kernel` compares with as many others.
     """
 
     arch: str
     sk: int
-    step: int
+    deep: int
     sample: int
     warps: int
-    sort_warps: int
+    order_warps: int
     many_warps: int
     pairs: int
 
@@ -36,17 +37,14 @@ class Row(NamedTuple):
 ANY = 1 << 31
 WRITE_WARPS = 4
 MANY_ROWS = 400
-# A step of more keys than 8 a thread takes so many registers that fewer rows are at work at once, for no fewer
-# instructions a key. The sample grows where more keys lie between its pivots than may wait.
+# Orders that stay in registers while a row is cut.
+HELD = 4096
+# The sample grows where more keys lie above its pivot than may be kept.
 TILES = (
-    Row("cpu", ANY, 256, 64, 1, 1, 1, 32),
-    # With 8 keys a thread a walk of bounded rows spills on sm_80.
-    Row("sm_80", 2048, 1024, 256, 8, 4, 2, 64),
-    Row("sm_80", 65536, 1024, 1024, 8, 4, 2, 64),
-    Row("sm_80", ANY, 1024, 4096, 8, 4, 2, 64),
-    Row("*", 2048, 1024, 256, 4, 4, 2, 64),
-    Row("*", 65536, 1024, 1024, 4, 4, 2, 64),
-    Row("*", ANY, 2048, 4096, 8, 4, 2, 64),
+    Row("cpu", ANY, 8, 64, 1, 1, 1, 32),
+    Row("*", 2048, 8, 256, 4, 4, 2, 64),
+    Row("*", 65536, 16, 1024, 4, 4, 2, 64),
+    Row("*", ANY, 8, 4096, 8, 4, 2, 64),
 )
 
 
@@ -74,11 +72,9 @@ class Scratch:
         self.plan = plan
         self.count = empty(plan.rows, torch.int32)
         self.packed = empty(plan.rows * plan.packed, torch.int64)
-        kept, waiting = plan.rows * plan.topk, plan.waiting * plan.capacity
-        self.found, self.waiting = empty(kept, torch.int64), empty(waiting, torch.int64)
-        alone = plan.size == 8  # a float64 score leaves no room for its key
-        self.found_key = empty(kept, torch.int32) if alone else None
-        self.waiting_key = empty(waiting, torch.int32) if alone else None
+        self.found = empty(plan.rows * plan.capacity, torch.int64)
+        # A float64 score leaves no room for its key.
+        self.found_key = empty(plan.rows * plan.capacity, torch.int32) if plan.size == 8 else None
 
 
 def row_of(arch: str, sk: int) -> Row:
@@ -114,7 +110,7 @@ def keep(
     scratch: Scratch,
     line: int,
 ) -> None:
-    """Write to the lines of the scratch from `line` on which keys of every row of a slab are its best, in no order.
+    """Write keys of every row of a slab to the lines of the scratch from `line` on, its best topk among them.
 
     slab: float32 or float64 [b, rows, sk], dense along keys, -inf where a key is not visible.
     start, end: int32 [1 or b, rows] or None; offset, ratio: the static bound of the slab's first row: they bound
@@ -131,8 +127,6 @@ def keep(
             end,
             scratch.found,
             scratch.found_key,
-            scratch.waiting,
-            scratch.waiting_key,
             scratch.count,
             sk,
             plan.topk,
@@ -145,12 +139,12 @@ def keep(
             *bound_strides(end),
             RATIO=ratio,
             HAS_OFFSET=offset is not None,
-            ALIGNED=_aligned(slab),
             BOTTOM=ordered.bottom,
             TOP=ordered.top,
             ORDER=ordered.dtype,
             SAMPLE=tile.sample,
-            STEP=tile.step,
+            DEEP=tile.deep,
+            WIDE=32 * tile.warps,
             num_warps=tile.warps,
         )
 
@@ -166,25 +160,43 @@ def order(indices: Tensor, scores: Tensor | None, dtype: torch.dtype, scratch: S
 def _order(indices: Tensor, scores: Tensor | None, top: int, scratch: Scratch) -> None:
     plan, tile = scratch.plan, row_of(arch_of(indices.device), 1)
     b, rows, topk = indices.shape
-    results = indices, scores, topk
     strides = *indices.stride()[:2], *((0, 0) if scores is None else scores.stride()[:2])
+    results = indices, scores, topk
+    warps = tile.many_warps if b * rows >= MANY_ROWS else tile.order_warps
+    if plan.size == 4 and plan.blocks == 2:
+        constants = {"TOP": top, **network(plan.block, warps), **cutting(plan, tile, warps)}
+        order_kernel[(rows, 1, b)](
+            scratch.found, scratch.count, *results, plan.capacity, *strides, **constants, num_warps=warps
+        )
+        return
+    kept = scratch.found, scratch.found_key, scratch.count
+    cut_kernel[(b * rows,)](*kept, topk, plan.capacity, **cutting(plan, tile, warps), num_warps=warps)
     if plan.size == 8:
-        kept = scratch.found, scratch.found_key, scratch.count
         grid = rows, cdiv(topk, tile.pairs), b
         constants = {"TOP": top, "BLOCK": tile.pairs, "num_warps": WRITE_WARPS}
-        count_kernel[grid](*kept, *results, *strides, **constants)
+        count_kernel[grid](*kept, *results, plan.capacity, *strides, **constants)
         return
-    kept, blocks, block = (scratch.found, scratch.count, scratch.packed), plan.blocks, plan.block
-    for period, apart in rounds(blocks):
+    for period, apart in rounds(plan.blocks):
         first = period == 1
-        grid = rows, blocks // 2 if first else blocks - apart, b
-        warps = tile.many_warps if blocks == 2 and b * rows >= MANY_ROWS else tile.sort_warps
-        constants = {"TOP": top, "BLOCK": block, "FIRST": first, "ONLY": blocks == 2, "num_warps": warps}
-        sort_kernel[grid](*kept, *results, blocks, period, apart, *strides, **constants)
-    if blocks > 2:
-        grid = rows, cdiv(topk, block), b
-        constants = {"TOP": top, "STEP": block, "num_warps": WRITE_WARPS}
-        write_kernel[grid](scratch.packed, *results, blocks * block, *strides, **constants)
+        grid = rows, plan.blocks // 2 if first else plan.blocks - apart, b
+        constants = {"BLOCK": plan.block, "FIRST": first, "num_warps": tile.order_warps}
+        run = plan.capacity, plan.blocks, period, apart
+        merge_kernel[grid](scratch.found, scratch.count, scratch.packed, *run, **constants)
+    grid = rows, cdiv(topk, plan.block), b
+    constants = {"TOP": top, "STEP": plan.block, "num_warps": WRITE_WARPS}
+    write_kernel[grid](scratch.packed, *results, plan.blocks * plan.block, *strides, **constants)
+
+
+def network(block: int, warps: int) -> dict[str, int]:
+    """Return the constants of a network over two blocks."""
+    log = block.bit_length()
+    lanes = min(log, 5 + warps.bit_length() - 1)
+    return {"LOG": log, "LANES": lanes, "CHUNK": min(2 * block, 256 * warps)}
+
+
+def cutting(plan: Kept, tile: Row, warps: int) -> dict[str, int]:
+    """Return the constants of a cut."""
+    return {"HELD": min(HELD, power_of_two(plan.capacity)), "DEEP": tile.deep, "WIDE": 32 * warps}
 
 
 def rounds(blocks: int) -> list[tuple[int, int]]:
@@ -197,14 +209,3 @@ def rounds(blocks: int) -> list[tuple[int, int]]:
             apart //= 2
         period *= 2
     return found
-
-
-def _aligned(slab: Tensor) -> bool:
-    """Whether every row begins at a multiple of 16 scores, with room to read on to the next one."""
-    steps = [step for n, step in zip(slab.shape[:2], slab.stride()[:2], strict=True) if n > 1]
-    whole = slab.storage_offset() + sum((n - 1) * step for n, step in zip(slab.shape, slab.stride(), strict=True)) + 16
-    return (
-        slab.data_ptr() % 64 == 0
-        and all(step % 16 == 0 for step in steps)
-        and (slab.shape[2] % 16 == 0 or whole * slab.itemsize <= slab.untyped_storage().nbytes())
-    )

@@ -8,9 +8,10 @@ from typing import Any
 import torch
 
 from headfold.backends.triton.compiling import Specimen
+from headfold.backends.triton.cut import cut_kernel
 from headfold.backends.triton.keep import keep_kernel
-from headfold.backends.triton.order import count_kernel, sort_kernel, write_kernel
-from headfold.backends.triton.select import ORDERS, TILES, WRITE_WARPS, Row, row_of
+from headfold.backends.triton.order import count_kernel, merge_kernel, order_kernel, write_kernel
+from headfold.backends.triton.select import ORDERS, TILES, WRITE_WARPS, Row, cutting, network, row_of
 from headfold.triton_tiles import Kept
 
 POINTERS = {torch.float32: "*fp32:16", torch.float64: "*fp64:16"}
@@ -18,6 +19,7 @@ POINTERS = {torch.float32: "*fp32:16", torch.float64: "*fp64:16"}
 WIDTHS = (512, 2048, 4096)
 # Arguments by whose values nothing is specialised, and strides that are not a multiple of 16.
 ODD = ("sk", "topk", "capacity", "first_line", "offset", "blocks", "period", "apart", "start_row", "end_row")
+ODD += ("scores_batch", "scores_row", "indices_batch", "indices_row")
 
 
 def specimens(arch: str) -> Iterator[Specimen]:
@@ -30,6 +32,9 @@ def specimens(arch: str) -> Iterator[Specimen]:
         yield from _sort(rows[0], width)
     for row in rows:
         yield _keep(row, torch.float64, ranged=True)
+    plan = Kept.of(1, 4096, 2048, 8)
+    constants = cutting(plan, rows[0], rows[0].order_warps)
+    yield _specimen("cut float64", cut_kernel, torch.float64, constants, rows[0].order_warps)
     yield _specimen("order by counting", count_kernel, torch.float64, {"BLOCK": rows[0].pairs}, WRITE_WARPS)
 
 
@@ -38,37 +43,40 @@ def _keep(row: Row, dtype: torch.dtype, *, ranged: bool) -> Specimen:
     constants: dict[str, Any] = {
         "RATIO": 1,
         "HAS_OFFSET": True,
-        "ALIGNED": not ranged,
         "BOTTOM": order.bottom,
         "ORDER": order.dtype,
         "SAMPLE": row.sample,
-        "STEP": row.step,
+        "DEEP": row.deep,
+        "WIDE": 32 * row.warps,
     }
     if not ranged:
         constants |= dict.fromkeys(("start", "end"))
     if dtype == torch.float32:
-        constants |= dict.fromkeys(("found_key", "waiting_key"))
+        constants |= {"found_key": None}
     label = f"keep {str(dtype).removeprefix('torch.')} sk={row.sk}" + (" ranged" if ranged else "")
     return _specimen(label, keep_kernel, dtype, constants, row.warps)
 
 
 def _sort(row: Row, width: int) -> Iterator[Specimen]:
     plan = Kept.of(1, 2 * width, width, 4)
-    label, only = f"sort topk={width}", plan.blocks == 2
-    for first in (True,) if only else (True, False):
-        constants = {"BLOCK": plan.block, "FIRST": first, "ONLY": only}
+    label = f"order topk={width}"
+    if plan.blocks == 2:
+        for warps, name in ((row.order_warps, label), (row.many_warps, f"{label}, many rows")):
+            constants = {**network(plan.block, warps), **cutting(plan, row, warps)}
+            yield _specimen(name, order_kernel, torch.float32, constants, warps)
+        return
+    constants = {"found_key": None, **cutting(plan, row, row.order_warps)}
+    yield _specimen(f"cut topk={width}", cut_kernel, torch.float32, constants, row.order_warps)
+    for first in (True, False):
         name = label + ("" if first else " merge")
-        yield _specimen(name, sort_kernel, torch.float32, constants, row.sort_warps)
-        if only:
-            yield _specimen(f"{name}, many rows", sort_kernel, torch.float32, constants, row.many_warps)
-    if not only:
-        yield _specimen(f"write topk={width}", write_kernel, torch.float32, {"STEP": plan.block}, WRITE_WARPS)
+        yield _specimen(name, merge_kernel, torch.float32, {"BLOCK": plan.block, "FIRST": first}, row.order_warps)
+    yield _specimen(f"write topk={width}", write_kernel, torch.float32, {"STEP": plan.block}, WRITE_WARPS)
 
 
 def _specimen(label: str, kernel: Any, dtype: torch.dtype, constants: dict[str, Any], warps: int) -> Specimen:
-    constants = {**constants, "TOP": ORDERS[dtype].top}
-    types = dict.fromkeys(("start", "end", "count", "found_key", "waiting_key", "indices"), "*i32:16")
-    types |= dict.fromkeys(("found", "waiting", "packed"), "*i64:16")
+    constants = {**constants, **({"TOP": ORDERS[dtype].top} if "TOP" in kernel.arg_names else {})}
+    types = dict.fromkeys(("start", "end", "count", "found_key", "indices"), "*i32:16")
+    types |= dict.fromkeys(("found", "packed"), "*i64:16")
     types |= {"scores": POINTERS[dtype], **dict.fromkeys(ODD, "i32")}
     taken = {name: types.get(name, "i32:16") for name in kernel.arg_names if name not in constants}
     return Specimen(label, kernel, taken, constants, warps, 1, matrix=False)

@@ -1,0 +1,121 @@
+"""The best topk of what was kept of a row, moved to its front: a cut found by bisection, among ties by their keys."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from headfold.backends.triton.keep import between, key_of, numbered, put
+
+
+@triton.jit
+def _orders(found, found_key, i, many):
+    """Read orders back; of places that hold none, the least integer."""
+    if found_key is None:
+        order = (tl.load(found + i, mask=i < many, other=-(2**63)) >> 32).to(tl.int32)
+    else:
+        order = tl.load(found + i, mask=i < many, other=-(2**63))
+    return order
+
+
+@triton.jit
+def _keys(found, found_key, i, many):
+    """Read keys back."""
+    if found_key is None:
+        key = key_of(tl.load(found + i, mask=i < many, other=0)).to(tl.int32)
+    else:
+        key = tl.load(found_key + i, mask=i < many, other=0)
+    return key
+
+
+@triton.jit
+def _ties(found, found_key, many, value, until, HELD: tl.constexpr):
+    """Return how many keys before `until` have a value."""
+    ties = tl.zeros((), tl.int32)
+    for first in range(0, many, HELD):
+        i = first + tl.arange(0, HELD)
+        tie = (_orders(found, found_key, i, many) == value) & (_keys(found, found_key, i, many) < until)
+        ties += tl.sum((tie & (i < many)).to(tl.int32), axis=0)
+    return ties
+
+
+@triton.jit
+def _find(found, found_key, many, topk, HELD: tl.constexpr):
+    """Return (order, key): the best topk of `many` places are above the order, or have it with a smaller key.
+
+    The first HELD orders stay in registers; others are read again for each pivot.
+    """
+    i = tl.arange(0, HELD)
+    held = _orders(found, found_key, i, many)
+    # More than topk are above a, and at most topk above b.
+    b = tl.max(held, axis=0)
+    a = tl.min(tl.where(i < many, held, b), axis=0) - 1
+    for first in range(HELD, many, HELD):
+        more = _orders(found, found_key, first + i, many)
+        b = tl.maximum(b, tl.max(more, axis=0))
+        a = tl.minimum(a, tl.min(tl.where(first + i < many, more, b), axis=0) - 1)
+    fewer = tl.zeros((), tl.int32)
+    while (a + 1 < b) & (fewer < topk):
+        pivot = between(a, b)
+        over = tl.sum((held > pivot).to(tl.int32), axis=0)
+        for first in range(HELD, many, HELD):
+            over += tl.sum((_orders(found, found_key, first + i, many) > pivot).to(tl.int32), axis=0)
+        if over > topk:
+            a = pivot
+        else:
+            b, fewer = pivot, over
+    until = tl.zeros((), tl.int32)
+    if fewer < topk:
+        # The smallest keys of those that are b: the first key past as many as are wanted.
+        last = tl.full((), 0x7FFFFFFF, tl.int32)
+        while until + 1 < last:
+            middle = between(until, last)
+            enough = fewer + _ties(found, found_key, many, b, middle, HELD) >= topk
+            last = tl.where(enough, middle, last)
+            until = tl.where(enough, until, middle)
+        until = last
+    return b, until
+
+
+@triton.jit
+def _move(found, found_key, many, order_cut, key_cut, DEEP: tl.constexpr, WIDE: tl.constexpr):
+    """Move what is above a cut to the front, in no order."""
+    kept = tl.zeros((), tl.int32)
+    for first in range(0, many, DEEP * WIDE):
+        i = first + tl.arange(0, DEEP)[:, None] * WIDE + tl.arange(0, WIDE)[None, :]
+        order, key = _orders(found, found_key, i, many), _keys(found, found_key, i, many)
+        chosen = ((order > order_cut) | ((order == order_cut) & (key < key_cut))) & (i < many)
+        place, moved = numbered(chosen)
+        tl.debug_barrier()  # until all of the step is read: places never pass what was read
+        put(found, found_key, kept + place, order, key, chosen)
+        kept += moved
+
+
+@triton.jit
+def cut(found, found_key, many, topk, HELD: tl.constexpr, DEEP: tl.constexpr, WIDE: tl.constexpr):
+    """Move the best topk of `many` places of a row to its front, in no order; return how many there are."""
+    if many > topk:
+        order_cut, key_cut = _find(found, found_key, many, topk, HELD)
+        _move(found, found_key, many, order_cut, key_cut, DEEP, WIDE)
+        tl.debug_barrier()
+    return tl.minimum(many, topk)
+
+
+@triton.jit(do_not_specialize=["topk", "capacity"])
+def cut_kernel(
+    found,
+    found_key,
+    count,
+    topk,
+    capacity,
+    HELD: tl.constexpr,
+    DEEP: tl.constexpr,
+    WIDE: tl.constexpr,
+):
+    """Cut a line of found [lines, capacity], as `keep_kernel` left it, and of its count [lines]."""
+    line = tl.program_id(0).to(tl.int64)
+    if found_key is not None:
+        found_key += line * capacity
+    many = cut(found + line * capacity, found_key, tl.load(count + line), topk, HELD, DEEP, WIDE)
+    tl.debug_barrier()
+    tl.store(count + line, many)
