@@ -41,6 +41,8 @@ class Slab(NamedTuple):
 
     def heads(self, first: int, end: int) -> Slab:
         """Return the slab of heads [first, end)."""
+        if end - first == self.q.shape[2]:
+            return self
         weights = None if self.weights is None else self.weights[:, :, first:end]
         return self._replace(q=self.q[:, :, first:end], weights=weights)
 

@@ -226,6 +226,7 @@ def rows_of(arch: str) -> list[Row]:
     return rows
 
 
+@functools.cache  # a fold of many slabs asks for each
 def tile(kernel: str, arch: str, dtype: torch.dtype, d: int, h: int = 1) -> Row:
     """Return the row of a call.   arch: as `arch_of` names it."""
     for row in TABLE:

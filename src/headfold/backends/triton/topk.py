@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import functools
 import math
-from functools import partial
 from typing import overload
 
 import torch
@@ -52,7 +52,7 @@ def index_topk(
     scratch = Scratch(plan.kept, q.device)
     every = [x if x is None else x.view(1, b * sq, topk)[..., : plan.kept.topk] for x in (indices, scores)]
     first, line = 0, 0  # rows [first, line) of the call, counted over batches, are kept and not yet sorted
-    for part in plan.slabs(b, sq, partial(limit, sk, offset, ratio)):
+    for part in _slabs(plan, b, sq, sk, offset, ratio):
         rows = (part.batch_end - part.batch) * (part.row_end - part.row)
         at = part.batch * sq + part.row
         if at != line or line - first + rows > plan.kept.rows:
@@ -78,6 +78,11 @@ def index_topk(
         line = at + rows
     _sort(every, first, line, dtype, scratch)
     return indices, scores
+
+
+@functools.lru_cache(maxsize=64)  # every layer and step asks for the same
+def _slabs(plan: SlabSelection, b: int, sq: int, sk: int, offset: int | None, ratio: int) -> tuple[Slab, ...]:
+    return tuple(plan.slabs(b, sq, functools.partial(limit, sk, offset, ratio)))
 
 
 def _sort(every: list[Tensor | None], first: int, end: int, dtype: torch.dtype, scratch: Scratch) -> None:
