@@ -40,7 +40,9 @@ def options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--seconds", type=float, default=40.0, help="what a row may take (default %(default)s)")
     parser.add_argument("--output", type=Path, help="where the lines go, instead of standard output")
     parser.add_argument("--append", action="store_true", help="add to the file instead of writing it anew")
-    parser.add_argument("--workers", type=int, help="processes that compile beforehand; 0 for none; by the CPUs if absent")
+    parser.add_argument(
+        "--workers", type=int, help="processes that compile beforehand; 0 for none; by the CPUs if absent"
+    )
     return parser.parse_args(arguments)
 
 

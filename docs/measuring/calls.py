@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -30,11 +30,12 @@ def product_flops(x: Sizes, causal: bool) -> float:
     return 2.0 * x.get("b", 1) * visible_pairs(sq, sk, sk - sq if causal else None) * x["h"] * x["d"]
 
 
-def indexer(x: Sizes, dtype: torch.dtype, place: Place, *, grad: bool = False) -> list[Tensor]:
+def indexer(x: Sizes, dtype: torch.dtype, place: Place, *, grad: bool = False) -> tuple[Tensor, Tensor, Tensor]:
     """Return q, weights and k."""
     b, (sq, sk), h, d = x.get("b", 1), lengths(x), x["h"], x["d"]
-    made = normal(place, dtype, sq, b, h, d), normal(place, dtype, sq, b, h), normal(place, dtype, sk, b, d)
-    return [one.requires_grad_(grad) for one in made]
+    shapes = (sq, b, h, d), (sq, b, h), (sk, b, d)
+    q, weights, k = (normal(place, dtype, *shape).requires_grad_(grad) for shape in shapes)
+    return q, weights, k
 
 
 def picks(x: Sizes, place: Place) -> Tensor:
@@ -77,23 +78,19 @@ def looped(_: Place) -> Score:
     return per_head_loop
 
 
-def forward(
-    x: Sizes, dtype: torch.dtype, place: Place, *, by: By = ours, causal: bool = False
-) -> Ready:
+def forward(x: Sizes, dtype: torch.dtype, place: Place, *, by: By = ours, causal: bool = False) -> Ready:
     """Return scores without gradients."""
     inputs, score = indexer(x, dtype, place), by(place)
     return Ready(torch.no_grad()(lambda: score(*inputs, causal)), product_flops(x, causal))
 
 
-def backward(
-    x: Sizes, dtype: torch.dtype, place: Place, *, by: By = ours, causal: bool = False
-) -> Ready:
+def backward(x: Sizes, dtype: torch.dtype, place: Place, *, by: By = ours, causal: bool = False) -> Ready:
     """Return the gradients of scores, whose forward ran before; three products by the algorithm's count."""
     leaves, score = indexer(x, dtype, place, grad=True), by(place)
     return _gradients(score(*leaves, causal), leaves)._replace(flops=product_flops(x, causal), products=3)
 
 
-def _gradients(out: Tensor, leaves: list[Tensor]) -> Ready:
+def _gradients(out: Tensor, leaves: Sequence[Tensor]) -> Ready:
     g = torch.randn_like(out)
     return Ready(lambda: torch.autograd.grad(out, leaves, g, retain_graph=True))
 
@@ -167,10 +164,9 @@ def attention_backward(x: Sizes, dtype: torch.dtype, place: Place, *, impl: str 
 
 
 def _selected(x: Sizes, dtype: torch.dtype, place: Place, impl: str, grad: bool) -> tuple[Callable[[], Any], Any]:
-    leaves = indexer(x, dtype, place, grad=grad)
-    return partial(
-        headfold.selected_scores, *leaves, picks(x, place), causal=True, impl=impl or place.impl
-    ), leaves  # fmt: skip
+    q, weights, k = leaves = indexer(x, dtype, place, grad=grad)
+    call: dict[str, Any] = {"causal": True, "impl": impl or place.impl}
+    return partial(headfold.selected_scores, q, weights, k, picks(x, place), **call), leaves
 
 
 def selected(x: Sizes, dtype: torch.dtype, place: Place, *, impl: str = "") -> Ready:

@@ -65,7 +65,9 @@ def _topk() -> list[Row]:
         rows += [
             Row("topk", name, shape, calls.topk, beside=beside, rehearsed=True),
             Row("topk", f"{name}, captured", shape, calls.captured, beside=beside),
-            Row("topk", f"torch.topk {TOPK} of materialized scores, causal", shape, calls.topk_of_scores, beside=beside),
+            Row(
+                "topk", f"torch.topk {TOPK} of materialized scores, causal", shape, calls.topk_of_scores, beside=beside
+            ),
         ]
     return rows
 

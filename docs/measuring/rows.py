@@ -22,7 +22,7 @@ TINY = {"b": 2, "s": 24, "sq": 24, "sk": 40, "h": 4, "d": 16, "topk": 8, "np": 4
 TINY |= {"n": 64, "bytes": 4096}
 
 
-class Absent(Exception):  # noqa: N818 - an answer, not a fault
+class Absent(Exception):
     """What a row calls is not here, and why."""
 
 

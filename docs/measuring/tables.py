@@ -12,9 +12,8 @@ from tabulate import tabulate
 
 from headfold.lanes.record import show_bytes
 
-HEAD = (
-    "call", "shape", "median ms", "fastest", "slowest", "TFLOP/s", "products counted", "of the product's", "peak extra", "note",
-)  # fmt: skip
+TIMES = ("median ms", "fastest", "slowest")
+HEAD = ("call", "shape", *TIMES, "TFLOP/s", "products counted", "of the product's", "peak extra", "note")
 # What a selection is compared with, at its own shape.
 SCORING = ("index_scores, triton, causal, forward", "index_scores, causal")
 SELECTING = "index_topk "
