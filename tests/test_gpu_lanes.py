@@ -128,6 +128,7 @@ def test_graphs_judge_what_the_process_of_each_row_says(monkeypatch: pytest.Monk
     [
         ("exit 0", PASS, ""),
         ("echo '========= Invalid __global__ read of size 4 bytes'; exit 86", FAIL, "86: Invalid __global__ read"),
+        ("echo '========= Error: Race reported'; exit 86", FAIL, "86: Error: Race reported"),
         ("sleep 5", FAIL, "took more than 0.2 seconds"),
     ],
 )
@@ -140,15 +141,23 @@ def test_the_sanitizer_is_run_and_believed(
     monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
     if "sleep" in script:
         monkeypatch.setattr(sanitizer, "SECONDS", 0.2)
-    (row,) = sanitizer.sanitizer(CPU, watches=sanitizer.WATCHES[-1:]).rows
+    (row,) = sanitizer.sanitizer(CPU, watches=sanitizer.WATCHES[:1]).rows
     assert row["verdict"] == verdict
     assert said in row.get("note", "")
+
+
+def test_the_sanitizer_has_to_find_what_is_planted() -> None:
+    invalid = "========= Invalid __global__ write of size 4 bytes\n"
+    assert sanitizer._judged(sanitizer.STATUS, invalid, planted=True)["verdict"] == PASS
+    for status, printed in ((0, ""), (1, invalid), (sanitizer.STATUS, "========= Error: no device\n")):
+        assert sanitizer._judged(status, printed, planted=True)["verdict"] == FAIL
+    assert [watched for _, _, watched in sanitizer.WATCHES].count(sanitizer.PLANTED) == 1
 
 
 def test_without_the_sanitizer_rows_say_so(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", "")
     rows = sanitizer.sanitizer(CPU).rows
-    assert [row["verdict"] for row in rows] == [SKIP] * 5
+    assert [row["verdict"] for row in rows] == [SKIP] * 6
     assert {(row["tool"], row["dtype"]) for row in rows} > {("memcheck", "float64"), ("racecheck", "bfloat16")}
     assert all(row["note"] == "compute-sanitizer is not on PATH" for row in rows)
 
@@ -169,6 +178,7 @@ def test_the_sanitizer_is_told_each_kernel_and_ends_with_what_it_watches(
     said = (tmp_path / "said").read_text().split("\n")
     assert said[:2] == ["--tool", "memcheck"]
     assert {x.removeprefix("kernel_substring=") for x in said if "=" in x} == set(sanitizer.kernel_names())
+    assert "sanitizer.exercise('triton', 'bfloat16', 'cpu')" in "".join(said)
     assert said.count("--kernel-name") == len(sanitizer.kernel_names()) == 26
     assert not alive(int((tmp_path / "child").read_text()))
 
@@ -196,7 +206,7 @@ def test_every_kernel_is_launched_under_the_sanitizer(monkeypatch: pytest.Monkey
         return lambda *_, **__: None
 
     monkeypatch.setattr(interpreter.InterpretedFunction, "__getitem__", listed)
-    for dtype in {dtype for tool, dtype in sanitizer.WATCHES if tool == "memcheck"}:
+    for dtype in {dtype for tool, dtype, _ in sanitizer.WATCHES if tool == "memcheck"}:
         sanitizer.exercise("triton", every_op.name_of(dtype), "cpu")
     assert launched == set(sanitizer.kernel_names())
     launched.clear()

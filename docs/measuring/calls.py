@@ -7,6 +7,7 @@ from functools import partial
 from typing import Any
 
 import torch
+import torch._functorch.config as functorch
 from torch import Tensor
 
 import headfold
@@ -69,6 +70,7 @@ def materialized(_: Place) -> Score:
 def compiled(place: Place) -> Score:
     """Return upstream's einsum as torch.compile has it."""
     torch.compiler.reset()
+    functorch.donated_buffer = False  # gradients are taken of one forward again and again
     run: Score = torch.compile(materialized(place), backend=place.compiler, dynamic=False)
     return run
 

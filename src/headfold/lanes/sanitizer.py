@@ -26,6 +26,7 @@ COLUMNS = (
     Column("backend", "backend"),
     Column("dtype", "dtype"),
     Column("tool", "tool"),
+    Column("watched", "watched"),
     Column("seconds", "at most", "seconds"),
     Column("verdict", "verdict"),
     Column("note", "note"),
@@ -37,9 +38,11 @@ COMPILING, SECONDS = 50.0, 50.0
 COMPILERS = 8
 HALF, SINGLE, DOUBLE = torch.bfloat16, torch.float32, torch.float64
 # float16 takes the kernels and tiles of bfloat16.
+EVERY, PLANTED = "every kernel", "a planted fault"
 WATCHES = (
-    *(("memcheck", dtype) for dtype in (HALF, SINGLE, DOUBLE)),
-    *(("racecheck", dtype) for dtype in (HALF, SINGLE)),
+    *(("memcheck", dtype, EVERY) for dtype in (HALF, SINGLE, DOUBLE)),
+    *(("racecheck", dtype, EVERY) for dtype in (HALF, SINGLE)),
+    ("memcheck", SINGLE, PLANTED),  # a tool that was told of no kernel would find nothing at all
 )
 # Sizes that no tile divides.
 SMALL = {"b": 2, "sq": 19, "sk": 45, "h": 3, "d": 80, "topk": 11, "heads": 4, "key_heads": 2, "hn": 24}
@@ -52,14 +55,15 @@ def sanitizer(
     device: torch.device,
     *,
     impl: str = IMPLS[1],
-    watches: Sequence[tuple[str, torch.dtype]] = WATCHES,
+    watches: Sequence[tuple[str, torch.dtype, str]] = WATCHES,
     track: Track[Any] = no_track,
 ) -> Lane:
     """Run every kernel under the tools of compute-sanitizer; rows that say so where it is not on PATH."""
     lane = Lane("sanitizer", f"Does {PROGRAM} find an access out of bounds, or a race?", COLUMNS)
     program = shutil.which(PROGRAM)
     rows: list[Row] = [
-        {"backend": impl, "dtype": name_of(dtype), "tool": tool, "seconds": SECONDS} for tool, dtype in watches
+        {"backend": impl, "dtype": name_of(dtype), "tool": tool, "watched": watched, "seconds": SECONDS}
+        for tool, dtype, watched in watches
     ]
     if program is None:
         lane.rows = [{**row, "verdict": SKIP, "note": f"{PROGRAM} is not on PATH"} for row in rows]
@@ -98,6 +102,15 @@ def exercise(impl: str, dtype: str, device: str, only: Sequence[str] = ()) -> No
         torch.cuda.synchronize()
 
 
+def plant(device: str) -> None:
+    """Launch a kernel that reads and writes beyond what it was given: only where a tool stops it."""
+    from headfold.backends.triton.teacher import JOINED, join_kernel
+
+    splits, count = 2, JOINED << 10
+    join_kernel[(count // JOINED,)](torch.zeros(JOINED, device=device), splits, count, BLOCK=JOINED)
+    torch.cuda.synchronize()
+
+
 def compile_all(impl: str, dtypes: Sequence[str], device: torch.device) -> None:
     """Leave the kernels of every part in the compiler's cache; what fails or is late here compiles, watched, later."""
     end = time.monotonic() + COMPILING
@@ -123,11 +136,13 @@ def kernel_names() -> list[str]:
 
 
 def _watched(program: str, device: torch.device, row: Row) -> Row:
-    called = f"exercise({row['backend']!r}, {row['dtype']!r}, {str(device)!r})"
+    call = f"exercise({row['backend']!r}, {row['dtype']!r}, {str(device)!r})"
+    if row["watched"] == PLANTED:
+        call = f"plant({str(device)!r})"
     watch = [program, "--tool", row["tool"], "--error-exitcode", str(STATUS), "--target-processes", "application-only"]
     for name in kernel_names():
         watch += ["--kernel-name", f"kernel_substring={name}"]
-    command = [*watch, sys.executable, "-W", "ignore", "-c", f"from headfold.lanes.sanitizer import exercise; {called}"]
+    command = [*watch, sys.executable, "-W", "ignore", "-c", f"from headfold.lanes import sanitizer; sanitizer.{call}"]
     # Torch would hand out parts of large blocks, inside which the tool sees no access as outside.
     environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
     # A session of its own, since the tool's end alone would leave what it watches running.
@@ -144,8 +159,16 @@ def _watched(program: str, device: torch.device, row: Row) -> Row:
         except subprocess.TimeoutExpired:
             os.killpg(running.pid, signal.SIGKILL)
             return {"verdict": FAIL, "note": f"took more than {SECONDS:g} seconds"}
-    if running.returncode == 0:
-        return {"verdict": PASS}
+    return _judged(running.returncode, printed, planted=row["watched"] == PLANTED)
+
+
+def _judged(status: int, printed: str, *, planted: bool) -> Row:
     said = [line.strip(" =") for line in printed.splitlines() if line.strip(" =")]
-    first = next((line for line in said if "Invalid" in line or "Error" in line), said[-1] if said else "nothing")
-    return {"verdict": FAIL, "note": f"exit status {running.returncode}: {first}"}
+    found = next((line for line in said if "Invalid" in line), None)
+    if planted:
+        passed = status == STATUS and found is not None
+        return {"verdict": PASS} if passed else {"verdict": FAIL, "note": f"exit status {status}: it was not found"}
+    if status == 0:
+        return {"verdict": PASS}
+    first = found or next((line for line in said if "Error" in line), said[-1] if said else "nothing")
+    return {"verdict": FAIL, "note": f"exit status {status}: {first}"}
