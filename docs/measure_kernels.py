@@ -37,7 +37,7 @@ def options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(description="Time the kernels on the GPU at hand.")
     parser.add_argument("--only", action="append", choices=GROUPS, help="a group of rows; may be repeated")
-    parser.add_argument("--seconds", type=float, default=40.0, help="what a row may take (default %(default)s)")
+    parser.add_argument("--seconds", type=float, default=30.0, help="what a row may take (default %(default)s)")
     parser.add_argument("--output", type=Path, help="where the lines go, instead of standard output")
     parser.add_argument("--append", action="store_true", help="add to the file instead of writing it anew")
     parser.add_argument(
@@ -84,7 +84,7 @@ def main() -> int:
     start, place = time.monotonic(), Place(torch.device("cuda"))
     rows = catalog(tuple(chosen.only or GROUPS))
     workers = min(8, (os.cpu_count() or 2) // 2) if chosen.workers is None else chosen.workers
-    first = [row for row in rows if row.rehearsed]
+    first = [row for row in reversed(rows) if row.rehearsed]  # what takes longest to compile comes late in the list
     for i, row in enumerate(rehearsed(first, place, workers, REHEARSAL) if workers else (), 1):
         sys.stderr.write(f"[{i}/{len(first)}] compiled: {row.key}\n")
     if chosen.output is None:
