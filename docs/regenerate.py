@@ -4,7 +4,7 @@
     python examples/warmup.py --threads 2 --out docs/results               # measures the example
     python docs/measure_megatron.py                                        # measures Megatron-Core's functions
     python docs/measure_transformers.py --threads 2                        # measures transformers
-    python docs/measure_kernels.py > docs/results/kernels_h100.jsonl       # measures a GPU's kernels
+    python docs/measure_kernels.py --output docs/results/kernels_h100.jsonl  # measures a GPU's kernels
     python docs/regenerate.py                                              # writes it into the pages
     python docs/regenerate.py --check                                      # exits 1 when a page says otherwise
 
@@ -23,6 +23,7 @@ from typing import Any
 from tabulate import tabulate
 
 from headfold.lanes.record import show, show_bytes
+from measuring.tables import kernels
 
 DOCS = Path(__file__).parent
 PAGES = (DOCS.parent / "README.md", *(DOCS / f"{name}.md" for name in ("story", "megatron", "transformers", "kernels")))
@@ -169,25 +170,6 @@ def transformers(_: Report) -> str:
     )
 
 
-def kernels(_: Report) -> str:
-    """What the kernels took on a GPU, from a file of their own: a row a line, the device's facts first."""
-    lines = (DOCS / "results" / "kernels_h100.jsonl").read_text(encoding="utf-8").splitlines()
-    facts, *rows = map(json.loads, lines)
-    times = ("ms", "fastest", "slowest")
-    shown = [
-        [
-            *(r["call"], r["shape"], *(f"{r[x]:g}" for x in times)),
-            *(r.get("tflops", ""), r.get("products", ""), show_bytes(r["peak_bytes"])),
-        ]
-        for r in rows
-    ]
-    head = ["call", "shape", "median ms", "fastest", "slowest", "TFLOP/s", "products counted", "peak extra"]
-    versions = f"torch {facts['torch'].split('+')[0]}, Triton {facts['triton']}, CUDA {facts['cuda']}"
-    return tabulate(shown, head, tablefmt="github", disable_numparse=True) + (
-        f"\n\n{facts['device']}, {versions}, bfloat16."
-    )
-
-
 MEASURED: dict[str, Callable[[Report], str]] = {
     "headline": headline,
     "residency": residency,
@@ -195,7 +177,7 @@ MEASURED: dict[str, Callable[[Report], str]] = {
     "selection": selection,
     "warmup": warmup,
     "megatron": megatron,
-    "kernels": kernels,
+    "kernels": lambda _: kernels(DOCS / "results"),
     "transformers": transformers,
     "conditions": lambda report: f"Measured at {conditions(report)}.",
 }

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
 import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 from torch import Tensor
@@ -25,6 +27,7 @@ from headfold.lanes.record import FAIL, PASS, SKIP, Column, Lane
 from headfold.lanes.residency import SMALL_CHANGE
 from headfold.lanes.selection_parity import selection_parity
 from headfold.lanes.training_parity import training_parity
+from on_device import DEVICE
 
 CPU = torch.device("cpu")
 EAGER = ("eager",)
@@ -125,6 +128,7 @@ def test_graphs_judge_what_the_process_of_each_row_says(monkeypatch: pytest.Monk
     [
         ("exit 0", PASS, ""),
         ("echo '========= Invalid __global__ read of size 4 bytes'; exit 86", FAIL, "86: Invalid __global__ read"),
+        ("echo '========= Error: Race reported'; exit 86", FAIL, "86: Error: Race reported"),
         ("sleep 5", FAIL, "took more than 0.2 seconds"),
     ],
 )
@@ -137,20 +141,79 @@ def test_the_sanitizer_is_run_and_believed(
     monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
     if "sleep" in script:
         monkeypatch.setattr(sanitizer, "SECONDS", 0.2)
-    (row,) = sanitizer.sanitizer(CPU, dtypes=DTYPES[:1]).rows
+    (row,) = sanitizer.sanitizer(CPU, watches=sanitizer.WATCHES[:1]).rows
     assert row["verdict"] == verdict
     assert said in row.get("note", "")
+
+
+def test_the_sanitizer_has_to_find_what_is_planted() -> None:
+    invalid = "========= Invalid __global__ write of size 4 bytes\n"
+    assert sanitizer._judged(sanitizer.STATUS, invalid, planted=True)["verdict"] == PASS
+    for status, printed in ((0, ""), (1, invalid), (sanitizer.STATUS, "========= Error: no device\n")):
+        assert sanitizer._judged(status, printed, planted=True)["verdict"] == FAIL
+    assert [watched for _, _, watched in sanitizer.WATCHES].count(sanitizer.PLANTED) == 1
 
 
 def test_without_the_sanitizer_rows_say_so(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", "")
     rows = sanitizer.sanitizer(CPU).rows
-    assert [row["verdict"] for row in rows] == [SKIP] * 4
+    assert [row["verdict"] for row in rows] == [SKIP] * 6
+    assert {(row["tool"], row["dtype"]) for row in rows} > {("memcheck", "float64"), ("racecheck", "bfloat16")}
     assert all(row["note"] == "compute-sanitizer is not on PATH" for row in rows)
+
+
+def test_the_sanitizer_is_told_each_kernel_and_ends_with_what_it_watches(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    pytest.importorskip("triton", reason="Triton is not installed")
+    program = tmp_path / sanitizer.PROGRAM
+    program.write_text(
+        f'#!/bin/sh\nprintf "%s\\n" "$@" > {tmp_path}/said\nsleep 60 &\necho $! > {tmp_path}/child\nwait\n'
+    )
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
+    monkeypatch.setattr(sanitizer, "SECONDS", 0.5)
+    (row,) = sanitizer.sanitizer(CPU, watches=sanitizer.WATCHES[:1]).rows
+    assert (row["verdict"], row["note"]) == (FAIL, "took more than 0.5 seconds")
+    said = (tmp_path / "said").read_text().split("\n")
+    assert said[:2] == ["--tool", "memcheck"]
+    assert {x.removeprefix("kernel_substring=") for x in said if "=" in x} == set(sanitizer.kernel_names())
+    assert "sanitizer.exercise('triton', 'bfloat16', 'cpu')" in "".join(said)
+    assert said.count("--kernel-name") == len(sanitizer.kernel_names()) == 26
+    assert not alive(int((tmp_path / "child").read_text()))
+
+
+def alive(pid: int) -> bool:
+    """Whether a process runs; one that has ended may still wait for its parent."""
+    try:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
 
 
 def test_what_the_sanitizer_watches_runs() -> None:
     sanitizer.exercise("eager", "float64", "cpu")
+
+
+def test_every_kernel_is_launched_under_the_sanitizer(monkeypatch: pytest.MonkeyPatch) -> None:
+    interpreter = pytest.importorskip("triton.runtime.interpreter", reason="Triton is not installed")
+    if DEVICE.type != "cpu":
+        pytest.skip("launches are listed, not run, which the interpreter alone allows")
+    launched = set()
+
+    def listed(kernel: Any, grid: object) -> Callable[..., None]:
+        launched.add(kernel.fn.__name__)
+        return lambda *_, **__: None
+
+    monkeypatch.setattr(interpreter.InterpretedFunction, "__getitem__", listed)
+    for dtype in {dtype for tool, dtype, _ in sanitizer.WATCHES if tool == "memcheck"}:
+        sanitizer.exercise("triton", every_op.name_of(dtype), "cpu")
+    assert launched == set(sanitizer.kernel_names())
+    launched.clear()
+    for part in sanitizer.parts("triton"):  # the parts that are compiled beforehand are all of it
+        for name in ("bfloat16", "float32", "float64"):
+            sanitizer.exercise("triton", name, "cpu", (part,))
+    assert launched == set(sanitizer.kernel_names())
 
 
 def test_the_jobs_cover_both_backends_and_every_promise() -> None:
@@ -177,7 +240,8 @@ def broken_lane(device: torch.device) -> Lane:
 
 @pytest.fixture
 def few_jobs(monkeypatch: pytest.MonkeyPatch) -> None:
-    def here(run: Callable[..., Any], *args: Any) -> Any:
+    def here(run: Callable[..., Any], *args: Any, seconds: float) -> Any:
+        assert seconds > 0
         return run(*args)
 
     monkeypatch.setattr(measure, "in_fresh_process", here)
@@ -197,6 +261,40 @@ def test_every_job_is_a_lane_and_an_error_fails_its_own(tmp_path: Path) -> None:
     assert lines[0]["passed"] is False
     assert {"device", "driver", "torch", "headfold", "python", "triton"} <= set(lines[0])
     assert [line["lane"] for line in lines[1:]] == ["one", "one", "two", "two", "three", "three"]
+
+
+def slow_lane(device: torch.device, note: str) -> Lane:
+    """Start a process, as lanes do, and wait for it."""
+    with subprocess.Popen(["sleep", "60"]) as sleeping:
+        Path(note).write_text(str(sleeping.pid))
+    return Lane("slow", "?", ())
+
+
+def test_a_job_that_is_too_slow_fails_with_all_it_started_and_the_others_run(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    note = tmp_path / "pid"
+    monkeypatch.setattr(gpu, "memory_jobs", lambda: [gpu.Job("slow", slow_lane, (), {"note": str(note)}, 2.0)])
+    monkeypatch.setattr(gpu, "other_jobs", lambda: [gpu.Job("one", small_lane), gpu.Job("two", small_lane)])
+    lanes = gpu.gpu(CPU, workers=2)
+    assert [(lane.name, lane.passed) for lane in lanes] == [("slow", False), ("one", True), ("two", True)]
+    assert lanes[0].rows[0]["note"] == "TimeoutError: took more than 2 seconds"
+    assert not alive(int(note.read_text()))
+
+
+@pytest.mark.usefixtures("few_jobs")
+def test_a_job_that_would_begin_after_the_time_of_all_fails_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu, "SECONDS", 0.0)
+    lanes = gpu.gpu(CPU)
+    assert [lane.passed for lane in lanes] == [True, False, False]
+    assert lanes[1].rows[0]["note"] == "TimeoutError: not begun: the lanes before it took all of the time"
+
+
+def test_the_jobs_end_within_ten_minutes() -> None:
+    assert gpu.MEMORY_SECONDS < gpu.SECONDS <= 570
+    assert all(0 < job.seconds <= gpu.SECONDS - gpu.MEMORY_SECONDS for job in (*gpu.memory_jobs(), *gpu.other_jobs()))
+    watching = next(job for job in gpu.other_jobs() if job.name == "sanitizer")
+    assert watching.seconds > sanitizer.COMPILING + sanitizer.SECONDS
 
 
 def test_a_machine_without_cuda_is_told_in_one_sentence(

@@ -1,7 +1,8 @@
 """gpu: what only a device can show, lane by lane on both backends, with one verdict.
 
 Every lane is a job in a process of its own. Those that measure memory, or fill it, run one at a time; the rest run
-beside one another, since most of their time goes to compiling kernels.
+beside one another, since most of their time goes to compiling kernels. A job that takes too long is ended and fails,
+and the others still run.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import json
 import os
 import shutil
 import subprocess
+import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field
@@ -46,21 +48,25 @@ CHOSEN = IndexerGeometry(1, 256, 30000, 32, 64, 2048, "bfloat16")
 WORKSPACE = DEFAULT_WORKSPACE - SMALL_CHANGE
 DTYPES = ("float32", "bfloat16")
 WORKERS = 6
+# Seconds that all jobs may take together, and those that run one at a time before the others begin.
+SECONDS, MEMORY_SECONDS = 570.0, 300.0
+ALONE = 100.0  # seconds of one of these
 BROKEN = (Column("check", "check"), Column("verdict", "verdict"), Column("note", "note"))
 
 
 @dataclass(frozen=True)
 class Job:
-    """A lane to run: run(*arguments, device, **options), under a name of its own."""
+    """A lane to run: run(*arguments, device, **options), under a name of its own, in so many seconds."""
 
     name: str
     run: Callable[..., Lane]
     arguments: tuple[Any, ...] = ()
     options: dict[str, Any] = field(default_factory=dict)
+    seconds: float = 240.0
 
 
 def gpu(device: torch.device, *, workers: int | None = None, track: Track[Any] = no_track) -> list[Lane]:
-    """Run every job on a device, and return their lanes in the jobs' order.
+    """Run every job on a device, within SECONDS, and return their lanes in the jobs' order.
 
     Raises: UnsupportedError without Triton, whose kernels are half of what is shown.
     """
@@ -69,10 +75,11 @@ def gpu(device: torch.device, *, workers: int | None = None, track: Track[Any] =
     lanes: dict[str, Lane] = {}
     alone, together = memory_jobs(), other_jobs()
     at_once = workers or max(1, min(WORKERS, (os.cpu_count() or 2) // 2))
+    start = time.monotonic()
     with ThreadPoolExecutor(max_workers=at_once) as pool:
         for job in track(alone, "memory"):
-            lanes[job.name] = _lane(job, device)
-        waiting = {pool.submit(_lane, job, device): job for job in together}
+            lanes[job.name] = _lane(job, device, start + MEMORY_SECONDS)
+        waiting = {pool.submit(_lane, job, device, start + SECONDS): job for job in together}
         finished: Iterator[Future[Lane]] = as_completed(waiting)
         for _ in track(range(len(together)), "lanes"):
             done = next(finished)
@@ -87,13 +94,13 @@ def memory_jobs() -> list[Job]:
         full = Problem(SHAPES["full"].with_(topk=0, dtype=dtype))
         for impl in IMPLS:
             options = {"workspace": WORKSPACE, "with_loop": False, "with_materialized": impl == IMPLS[0], "impl": impl}
-            jobs.append(Job(f"residency, full shape, {dtype}, {impl}", residency, (full,), options))
+            jobs.append(Job(f"residency, full shape, {dtype}, {impl}", residency, (full,), options, ALONE))
     for impl in IMPLS:
         options = {"workspace": WORKSPACE, "impl": impl}
-        jobs.append(Job(f"selection residency, {impl}", selection_residency, (Problem(CHOSEN),), options))
+        jobs.append(Job(f"selection residency, {impl}", selection_residency, (Problem(CHOSEN),), options, ALONE))
         trained = Problem(SHAPES["train"].with_(dtype="bfloat16"))
-        jobs.append(Job(f"training residency, {impl}", training_residency, (trained,), options))
-        jobs.append(Job(f"offsets, {impl}", offsets, (), {"impls": (impl,)}))
+        jobs.append(Job(f"training residency, {impl}", training_residency, (trained,), options, ALONE))
+        jobs.append(Job(f"offsets, {impl}", offsets, (), {"impls": (impl,)}, ALONE))
     return jobs
 
 
@@ -108,16 +115,22 @@ def other_jobs() -> list[Job]:
         ):
             jobs.append(Job(f"{name}, {impl}", run, (CHECKED,), {"impl": impl}))
         jobs.append(Job(f"repeats, {impl}", repeats, (), {"impls": (impl,)}))
-    return [*jobs, Job("sanitizer", sanitizer), Job("graphs", graphs), Job("capture", capture)]
+    return [*jobs, Job("sanitizer", sanitizer, seconds=120.0), Job("graphs", graphs), Job("capture", capture)]
 
 
-def _lane(job: Job, device: torch.device) -> Lane:
-    """Run a job in a process of its own; an error there is a row that fails, so that the other lanes still run."""
+def _lane(job: Job, device: torch.device, end: float) -> Lane:
+    """Run a job in a process of its own; an error there is a row that fails, so that the other lanes still run.
+
+    end: when time is up for it, whatever its own seconds are, by time.monotonic().
+    """
+    left = min(job.seconds, end - time.monotonic())
+    lane, said = None, "the process that ran it was killed"
     try:
-        lane = measure.in_fresh_process(partial(job.run, **job.options), *job.arguments, device)
-        said = "the process that ran it was killed"
+        if left <= 0:
+            raise TimeoutError("not begun: the lanes before it took all of the time")
+        lane = measure.in_fresh_process(partial(job.run, **job.options), *job.arguments, device, seconds=left)
     except Exception as error:  # noqa: BLE001 - whatever a device or a compiler raises fails this lane, by name
-        lane, said = None, f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+        said = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
     if not isinstance(lane, Lane):
         lane = Lane(job.name, "Does it run?", BROKEN, [{"check": job.name, "verdict": FAIL, "note": said}])
     lane.name = job.name

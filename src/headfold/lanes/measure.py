@@ -11,9 +11,9 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cache, partial
 from multiprocessing import get_context
@@ -137,16 +137,30 @@ def _status_bytes(status: Path, field: str) -> int:
     raise RuntimeError(f"{status} has no {field}.")
 
 
-def in_fresh_process(function: Callable[..., Any], *args: Any) -> Any:
+def in_fresh_process(function: Callable[..., Any], *args: Any, seconds: float | None = None) -> Any:
     """Call a module-level function in a fresh process; None when that was killed, as for lack of memory.
 
     On Linux it is forked from a server that has imported the lanes and run nothing; elsewhere it is a new interpreter.
+
+    Raises: TimeoutError after `seconds`, when the process and all that it started have been ended.
     """
     with ProcessPoolExecutor(max_workers=1, mp_context=_fresh_context()) as pool:
         try:
-            return pool.submit(partial(function, *args)).result()
+            process = None if seconds is None else psutil.Process(pool.submit(os.getpid).result())
+            answer = pool.submit(partial(function, *args))
+            if process is not None and not wait([answer], seconds).done:
+                _end(process)
+                raise TimeoutError(f"took more than {seconds:.0f} seconds")
+            return answer.result()
         except BrokenProcessPool:
             return None
+
+
+def _end(process: psutil.Process) -> None:
+    """Kill a process and those that it started, they theirs, and so on."""
+    for one in (process, *process.children(recursive=True)):
+        with suppress(psutil.NoSuchProcess):
+            one.kill()
 
 
 @cache
