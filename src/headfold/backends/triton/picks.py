@@ -18,8 +18,10 @@ from torch import Tensor
 
 from headfold.backends.triton.operands import factor
 from headfold.backends.triton.visible import bias_strides, bound_strides, row_bounds
-from headfold.scatter_tiles import ScatterTile
+from headfold.scatter_tiles import DenseTile, ScatterTile
 
+# start, end, bias, offset and ratio of a call
+Ranges = tuple[Tensor | None, Tensor | None, Tensor | None, int | None, int]
 # Picks that a program of `settle` reads at a time, and that it compares with one another where some are equal.
 BLOCK, COMPARED = 1024, 64
 # Channels that a program of `collect` sums.
@@ -42,18 +44,22 @@ def picked(indices, j, topk, step, lo, hi, bias, bias_step):
 
 @triton.jit
 def _settle(
-    picks, sums, largest, bitmap, indices, g, start, end, bias,
+    picks, sums, largest, dscores, bitmap, indices, g, start, end, bias,
     first_row, sq, sk, topk, words, offset, scale,
     i_batch, i_row, i_step, g_batch, g_row, g_step,
     start_batch, start_step, end_batch, end_step, bias_batch, bias_row, bias_step,
     RATIO: tl.constexpr, STATIC: tl.constexpr, SCALE: tl.constexpr, ACC: tl.constexpr,
     BLOCK: tl.constexpr, COMPARED: tl.constexpr,
 ):  # fmt: skip
-    """One row: picks [topk] int32 and, for dscores g, sums [topk]: scale · g, with that of equal picks at the first."""
+    """One row: picks [topk] int32 and, for dscores g, sums [topk]: scale · g, with that of equal picks at the first.
+
+    Or these in dscores [sk], at the keys that were picked, and zeros at all others. Its bitmap is cleared here then.
+    """
     r = tl.program_id(0).to(tl.int64)
     b, row = (first_row + r) // sq, (first_row + r) % sq
     indices += b * i_batch + row * i_row
-    picks += r * topk
+    if picks is not None:
+        picks += r * topk
     bitmap += r * words
     if start is not None:
         start += b * start_batch
@@ -63,9 +69,19 @@ def _settle(
         bias += b * bias_batch + row * bias_row
     if g is not None:
         g += b * g_batch + row * g_row
-        sums += r * topk
+        if sums is not None:
+            sums += r * topk
         times = factor(scale, SCALE, ACC)
     lo, hi = row_bounds(row, tl.full((), 1, tl.int1), sk, start, end, start_step, end_step, offset, RATIO, STATIC)
+    if dscores is not None:
+        dscores += r * sk
+        for t0 in range(0, sk, BLOCK):
+            t = t0 + tl.arange(0, BLOCK)
+            tl.store(dscores + t, tl.zeros((BLOCK,), ACC), mask=t < sk)
+        for w0 in range(0, words, BLOCK):
+            w = w0 + tl.arange(0, BLOCK)
+            tl.store(bitmap + w, tl.zeros((BLOCK,), tl.int32), mask=w < words)
+        tl.debug_barrier()
     again = tl.zeros((BLOCK,), tl.int32)
     for j0 in range(0, topk, BLOCK):
         j = j0 + tl.arange(0, BLOCK)
@@ -88,19 +104,27 @@ def _settle(
                     given = tl.load(g + i.to(tl.int64) * g_step, mask=counts, other=0.0).to(ACC)
                     total += tl.sum(tl.where(same, given[None, :], 0.0), 1)
             first = live & (earlier == 0)
-            tl.store(picks + j, tl.where(first, t, -1).to(tl.int32), mask=j < topk)
+            if picks is not None:
+                tl.store(picks + j, tl.where(first, t, -1).to(tl.int32), mask=j < topk)
             if g is not None:
                 total = tl.where(first, total * times, 0.0)
-                tl.store(sums + j, total, mask=j < topk)
+                if sums is not None:
+                    tl.store(sums + j, total, mask=j < topk)
+                if dscores is not None:
+                    tl.store(dscores + t, total, mask=first)
                 top = tl.maximum(top, tl.max(tl.abs(total), 0))
     else:
         for j0 in range(0, topk, BLOCK):
             j = j0 + tl.arange(0, BLOCK)
             t, live, _ = picked(indices, j, topk, i_step, lo, hi, bias, bias_step)
-            tl.store(picks + j, tl.where(live, t, -1).to(tl.int32), mask=j < topk)
+            if picks is not None:
+                tl.store(picks + j, tl.where(live, t, -1).to(tl.int32), mask=j < topk)
             if g is not None:
                 total = tl.load(g + j.to(tl.int64) * g_step, mask=live, other=0.0).to(ACC) * times
-                tl.store(sums + j, total, mask=j < topk)
+                if sums is not None:
+                    tl.store(sums + j, total, mask=j < topk)
+                if dscores is not None:
+                    tl.store(dscores + t, total, mask=live)
                 top = tl.maximum(top, tl.max(tl.abs(total), 0))
     if largest is not None:
         tl.store(largest + r, top.to(tl.float32))
@@ -202,25 +226,51 @@ class Picks:
         indices: Tensor,
         row: tuple[int, int],
         sk: int,
-        ranges: tuple[Tensor | None, Tensor | None, Tensor | None, int | None, int],
+        ranges: Ranges,
         g: Tensor | None = None,
         scale: float = 1.0,
     ) -> None:
-        """Settle rows of indices [b, sq, topk] and of dscores g, numbered over the batch: i·sq + s.
-
-        ranges: start, end, bias, offset and ratio.
-        """
-        start, end, bias, offset, ratio = ranges
+        """Settle rows of indices [b, sq, topk] and of dscores g, numbered over the batch: i·sq + s."""
         self.bitmap.zero_()
-        double = self.sums is not None and self.sums.dtype == torch.float64
-        _settle[(row[1] - row[0],)](
-            self.picks, self.sums, self.largest, self.bitmap, indices, g, start, end, bias,
-            row[0], indices.shape[1], sk, self.tile.topk, self.tile.words, offset or 0, scale,
-            *indices.stride(), *strides(g, 3), *bound_strides(start), *bound_strides(end), *bias_strides(bias),
-            RATIO=ratio, STATIC=offset is not None,
-            SCALE=scale if double else None, ACC=tl.float64 if double else tl.float32,
-            BLOCK=BLOCK, COMPARED=COMPARED, num_warps=4,
-        )  # fmt: skip
+        outputs = self.picks, self.sums, self.largest, None, self.bitmap
+        _settle_rows(outputs, indices, row, sk, self.tile.topk, ranges, g, scale)
+
+
+class AllKeys:
+    """The settled dscores of a slab of rows at all keys, zeros where nothing was picked: [1, rows, sk]."""
+
+    def __init__(self, tile: DenseTile, like: Tensor, dtype: torch.dtype) -> None:
+        self.dscores = torch.empty(1, tile.rows, tile.sk, dtype=dtype, device=like.device)
+        self.bitmap = torch.empty(tile.rows, tile.words, dtype=torch.int32, device=like.device)
+
+    def settle(self, indices: Tensor, row: tuple[int, int], ranges: Ranges, g: Tensor, scale: float) -> Tensor:
+        """Settle rows as `Picks.settle` does and return their dscores, in a single launch."""
+        outputs = None, None, None, self.dscores, self.bitmap
+        _settle_rows(outputs, indices, row, self.dscores.shape[2], indices.shape[2], ranges, g, scale)
+        return self.dscores[:, : row[1] - row[0]]
+
+
+def _settle_rows(
+    outputs: tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor],
+    indices: Tensor,
+    row: tuple[int, int],
+    sk: int,
+    topk: int,
+    ranges: Ranges,
+    g: Tensor | None,
+    scale: float,
+) -> None:
+    start, end, bias, offset, ratio = ranges
+    _, sums, _, dscores, bitmap = outputs
+    double = any(x is not None and x.dtype == torch.float64 for x in (sums, dscores))
+    _settle[(row[1] - row[0],)](
+        *outputs, indices, g, start, end, bias,
+        row[0], indices.shape[1], sk, topk, bitmap.shape[1], offset or 0, scale,
+        *indices.stride(), *strides(g, 3), *bound_strides(start), *bound_strides(end), *bias_strides(bias),
+        RATIO=ratio, STATIC=offset is not None,
+        SCALE=scale if double else None, ACC=tl.float64 if double else tl.float32,
+        BLOCK=BLOCK, COMPARED=COMPARED, num_warps=4,
+    )  # fmt: skip
 
 
 class Scatter:
