@@ -192,8 +192,8 @@ class DenseTile:
 
     @property
     def slab_bytes(self) -> int:
-        """Bytes of a slab's dscores and bitmaps and, without an activation, of its folded queries."""
-        return self.rows * (self.sk * self.size + 4 * self.words + (0 if self.relu else self.d * self.size))
+        """Bytes of a slab's dscores, bitmaps and marks and, without an activation, of its folded queries."""
+        return self.rows * (self.sk * self.size + 4 * self.words + 4 + (0 if self.relu else self.d * self.size))
 
     @property
     def forward_bytes(self) -> int:

@@ -167,6 +167,7 @@ def query_gradients(
 def key_gradients(
     dk,
     g,
+    broken,
     q,
     weights,
     k,
@@ -221,7 +222,8 @@ def key_gradients(
 ):
     """Write or ADD dk of KEYS keys, from one of the parts of the rows. Keys stay, queries and g stream by.
 
-    Without RELU there is one head and a is g.
+    Without RELU there is one head and a is g.   broken: int32 [sq] or None, rows whose queries are taken for zeros, and
+    whose a for g: a key gets NaN of the row where g is NaN, and nothing elsewhere. For a batch of one.
     """
     # Under a causal bound most rows see the first keys: those of every batch element and part start first.
     batches, parts = tl.num_programs(1), tl.num_programs(2)
@@ -273,6 +275,9 @@ def key_gradients(
         inside = row < sq
         query_row = (first + each // HEADS).to(tl.int64)
         real = (query_row < sq) & (head < H)
+        if broken is not None:
+            whole = tl.load(broken + row, mask=inside, other=0) == 0
+            real = real & (tl.load(broken + query_row, mask=real, other=0) == 0)
         places = q + batch * q_batch + query_row * q_row + head * q_head
         q1 = load_rows(places, real, q_channel, 0, FIRST, FIRST if SECOND else D)
         if SECOND > 0:
@@ -290,7 +295,10 @@ def key_gradients(
             logits = product(k1, tl.trans(q1), tl.zeros((KEYS, ROWS * HEADS), ACC), PRECISION, ACC, UPCAST)
             if SECOND > 0:
                 logits = product(k2, tl.trans(q2), logits, PRECISION, ACC, UPCAST)
-            a = tl.where(tl.reshape(logits, (KEYS, ROWS, HEADS)) <= 0, 0.0, a)
+            barred = tl.reshape(logits, (KEYS, ROWS, HEADS)) <= 0
+            if broken is not None:
+                barred = barred & whole[None, :, None]
+            a = tl.where(barred, 0.0, a)
         a = tl.reshape(a, (KEYS, ROWS * HEADS))
         if weights is not None:
             factors = weights + batch * weights_batch + query_row * weights_row + head * weights_head

@@ -171,14 +171,16 @@ def _dense_key_gradients(
             q[i : i + 1], _alone(weights, i), k[i : i + 1], _alone(start, i), _alone(end, i), None, offset, ratio, 1.0
         )
         for rows in blocks(sq, tile.rows):
-            dscores = every.settle(indices, (i * sq + rows[0], i * sq + rows[1]), ranges, g, scale)
+            dscores = every.settle(indices, (i * sq + rows[0], i * sq + rows[1]), ranges, g, scale, q, weights)
             slab = whole.rows(*rows)
             if folded is not None:
                 queries = folded[:, : rows[1] - rows[0]]
                 launch_fold(queries, slab.q, slab.weights)
                 slab = slab.folded(queries)
             for first, end_head in slab.groups("key_gradients"):
-                launch_key_sums(sums, dscores, slab.heads(first, end_head), relu=tile.relu, add=True)
+                launch_key_sums(
+                    sums, dscores, slab.heads(first, end_head), relu=tile.relu, add=True, broken=every.broken
+                )
         if parts is not None:
             for part in parts:
                 total += part

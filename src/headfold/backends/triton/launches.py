@@ -161,14 +161,19 @@ def launch_key_gradients(dk: Tensor, g: Tensor, slab: Slab, *, relu: bool, add: 
         dk.add_(sums[0]) if add else dk.copy_(sums[0])
 
 
-def launch_key_sums(sums: Tensor, g: Tensor, slab: Slab, *, relu: bool, add: bool) -> None:
-    """Write dk of each part of the rows to sums [parts, b, sk, d], none of them 0, or add to them."""
+def launch_key_sums(
+    sums: Tensor, g: Tensor, slab: Slab, *, relu: bool, add: bool, broken: Tensor | None = None
+) -> None:
+    """Write dk of each part of the rows to sums [parts, b, sk, d], none of them 0, or add to them.
+
+    broken: int32 [rows], see `key_gradients`.
+    """
     row = slab.row("key_gradients")
     constants = {**slab.constants(row, relu), "ADD": add, "SCAN": _SCAN, "WIDE": slab.wide}
     strides = *sums.stride(), *g.stride(), *slab.strides()
     parts, b, sk, _ = sums.shape
     grid = cdiv(sk, row.keys), b, parts
-    key_gradients[grid](sums, g, *slab.arguments(), slab.scale, *strides, **constants)
+    key_gradients[grid](sums, g, broken, *slab.arguments(), slab.scale, *strides, **constants)
 
 
 def launch_fold(out: Tensor, q: Tensor, weights: Tensor | None) -> None:

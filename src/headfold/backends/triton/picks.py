@@ -43,17 +43,25 @@ def picked(indices, j, topk, step, lo, hi, bias, bias_step):
 
 
 @triton.jit
+def _is_wild(x, ACC: tl.constexpr):
+    """1 where x is infinite or NaN, else 0."""
+    return tl.where(tl.abs(x.to(ACC)) < float("inf"), 0, 1)
+
+
+@triton.jit
 def _settle(
-    picks, sums, largest, dscores, bitmap, indices, g, start, end, bias,
+    picks, sums, largest, dscores, broken, bitmap, indices, g, q, w, start, end, bias,
     first_row, sq, sk, topk, words, offset, scale,
     i_batch, i_row, i_step, g_batch, g_row, g_step,
+    q_batch, q_row, q_head, q_step, w_batch, w_row, w_head,
     start_batch, start_step, end_batch, end_step, bias_batch, bias_row, bias_step,
     RATIO: tl.constexpr, STATIC: tl.constexpr, SCALE: tl.constexpr, ACC: tl.constexpr,
-    BLOCK: tl.constexpr, COMPARED: tl.constexpr,
+    BLOCK: tl.constexpr, COMPARED: tl.constexpr, H: tl.constexpr, D: tl.constexpr,
 ):  # fmt: skip
     """One row: picks [topk] int32 and, for dscores g, sums [topk]: scale · g, with that of equal picks at the first.
 
     Or these in dscores [sk], at the keys that were picked, and zeros at all others. Its bitmap is cleared here then.
+    Where queries q or weights w are infinite or NaN, the row is broken, and its dscores are NaN where it picked.
     """
     r = tl.program_id(0).to(tl.int64)
     b, row = (first_row + r) // sq, (first_row + r) % sq
@@ -79,8 +87,21 @@ def _settle(
             t = t0 + tl.arange(0, BLOCK)
             tl.store(dscores + t, tl.zeros((BLOCK,), ACC), mask=t < sk)
         for w0 in range(0, words, BLOCK):
-            w = w0 + tl.arange(0, BLOCK)
-            tl.store(bitmap + w, tl.zeros((BLOCK,), tl.int32), mask=w < words)
+            word = w0 + tl.arange(0, BLOCK)
+            tl.store(bitmap + word, tl.zeros((BLOCK,), tl.int32), mask=word < words)
+        wild = tl.zeros((BLOCK,), tl.int32)
+        for n0 in range(0, H * D, BLOCK):
+            n = n0 + tl.arange(0, BLOCK)
+            place = b * q_batch + row * q_row + (n // D).to(tl.int64) * q_head + (n % D).to(tl.int64) * q_step
+            wild |= _is_wild(tl.load(q + place, mask=n < H * D, other=0.0), ACC)
+        if w is not None:
+            for h0 in range(0, H, BLOCK):
+                head = h0 + tl.arange(0, BLOCK)
+                place = b * w_batch + row * w_row + head.to(tl.int64) * w_head
+                wild |= _is_wild(tl.load(w + place, mask=head < H, other=0.0), ACC)
+        wild = tl.max(wild, 0)
+        tl.store(broken + r, wild)
+        times = tl.where(wild > 0, tl.full((), float("nan"), ACC), times)
         tl.debug_barrier()
     again = tl.zeros((BLOCK,), tl.int32)
     for j0 in range(0, topk, BLOCK):
@@ -232,44 +253,63 @@ class Picks:
     ) -> None:
         """Settle rows of indices [b, sq, topk] and of dscores g, numbered over the batch: i·sq + s."""
         self.bitmap.zero_()
-        outputs = self.picks, self.sums, self.largest, None, self.bitmap
-        _settle_rows(outputs, indices, row, sk, self.tile.topk, ranges, g, scale)
+        outputs = self.picks, self.sums, self.largest, None, None, self.bitmap
+        _settle_rows(outputs, indices, row, sk, ranges, g, scale)
 
 
 class AllKeys:
-    """The settled dscores of a slab of rows at all keys, zeros where nothing was picked: [1, rows, sk]."""
+    """The settled dscores of a slab of rows at all keys, zeros where nothing was picked, in buffers allocated once.
+
+    dscores: [1, rows, sk].   broken: int32 [rows], whether a row has a query or weight that is infinite or NaN.
+    """
 
     def __init__(self, tile: DenseTile, like: Tensor, dtype: torch.dtype) -> None:
-        self.dscores = torch.empty(1, tile.rows, tile.sk, dtype=dtype, device=like.device)
-        self.bitmap = torch.empty(tile.rows, tile.words, dtype=torch.int32, device=like.device)
+        def empty(*shape: int, dtype: torch.dtype = torch.int32) -> Tensor:
+            return torch.empty(shape, dtype=dtype, device=like.device)
 
-    def settle(self, indices: Tensor, row: tuple[int, int], ranges: Ranges, g: Tensor, scale: float) -> Tensor:
-        """Settle rows as `Picks.settle` does and return their dscores, in a single launch."""
-        outputs = None, None, None, self.dscores, self.bitmap
-        _settle_rows(outputs, indices, row, self.dscores.shape[2], indices.shape[2], ranges, g, scale)
+        self.dscores = empty(1, tile.rows, tile.sk, dtype=dtype)
+        self.bitmap, self.broken = empty(tile.rows, tile.words), empty(tile.rows)
+
+    def settle(
+        self,
+        indices: Tensor,
+        row: tuple[int, int],
+        ranges: Ranges,
+        g: Tensor,
+        scale: float,
+        q: Tensor,
+        weights: Tensor | None,
+    ) -> Tensor:
+        """Settle rows as `Picks.settle` does, in a single launch, and return their dscores.
+
+        q [b, sq, h, d], weights [b, sq, h]: broken rows have dscores of NaN where they picked.
+        """
+        outputs = None, None, None, self.dscores, self.broken, self.bitmap
+        _settle_rows(outputs, indices, row, self.dscores.shape[2], ranges, g, scale, q, weights)
         return self.dscores[:, : row[1] - row[0]]
 
 
 def _settle_rows(
-    outputs: tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor],
+    outputs: tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor],
     indices: Tensor,
     row: tuple[int, int],
     sk: int,
-    topk: int,
     ranges: Ranges,
     g: Tensor | None,
     scale: float,
+    q: Tensor | None = None,
+    weights: Tensor | None = None,
 ) -> None:
     start, end, bias, offset, ratio = ranges
-    _, sums, _, dscores, bitmap = outputs
-    double = any(x is not None and x.dtype == torch.float64 for x in (sums, dscores))
+    double = g is not None and any(x is not None and x.dtype == torch.float64 for x in outputs)
     _settle[(row[1] - row[0],)](
-        *outputs, indices, g, start, end, bias,
-        row[0], indices.shape[1], sk, topk, bitmap.shape[1], offset or 0, scale,
-        *indices.stride(), *strides(g, 3), *bound_strides(start), *bound_strides(end), *bias_strides(bias),
+        *outputs, indices, g, q, weights, start, end, bias,
+        row[0], indices.shape[1], sk, indices.shape[2], outputs[-1].shape[1], offset or 0, scale,
+        *indices.stride(), *strides(g, 3), *strides(q, 4), *strides(weights, 3),
+        *bound_strides(start), *bound_strides(end), *bias_strides(bias),
         RATIO=ratio, STATIC=offset is not None,
         SCALE=scale if double else None, ACC=tl.float64 if double else tl.float32,
-        BLOCK=BLOCK, COMPARED=COMPARED, num_warps=4,
+        BLOCK=BLOCK, COMPARED=COMPARED, H=0 if q is None else q.shape[2], D=1 if q is None else q.shape[3], num_warps=4,
     )  # fmt: skip
 
 
