@@ -203,7 +203,7 @@ class DenseTile:
     @property
     def backward_bytes(self) -> int:
         """Scratch of a backward walk."""
-        return self.slab_bytes + (self.parts * self.sk * self.d * self.size if self.parts > 1 else 0)
+        return 4 + self.slab_bytes + (self.parts * self.sk * self.d * self.size if self.parts > 1 else 0)
 
 
 def tile_of_scores(

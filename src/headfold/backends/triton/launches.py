@@ -166,7 +166,7 @@ def launch_key_sums(
 ) -> None:
     """Write dk of each part of the rows to sums [parts, b, sk, d], none of them 0, or add to them.
 
-    broken: int32 [rows], see `key_gradients`.
+    broken: int32 [1 + rows], see `key_gradients`.
     """
     row = slab.row("key_gradients")
     constants = {**slab.constants(row, relu), "ADD": add, "SCAN": _SCAN, "WIDE": slab.wide}

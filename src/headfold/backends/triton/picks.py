@@ -100,7 +100,8 @@ def _settle(
                 place = b * w_batch + row * w_row + head.to(tl.int64) * w_head
                 wild |= _is_wild(tl.load(w + place, mask=head < H, other=0.0), ACC)
         wild = tl.max(wild, 0)
-        tl.store(broken + r, wild)
+        tl.store(broken + 1 + r, wild)
+        tl.store(broken, 1, mask=wild > 0)
         times = tl.where(wild > 0, tl.full((), float("nan"), ACC), times)
         tl.debug_barrier()
     again = tl.zeros((BLOCK,), tl.int32)
@@ -133,7 +134,8 @@ def _settle(
                     tl.store(sums + j, total, mask=j < topk)
                 if dscores is not None:
                     tl.store(dscores + t, total, mask=first)
-                top = tl.maximum(top, tl.max(tl.abs(total), 0))
+                if largest is not None:
+                    top = tl.maximum(top, tl.max(tl.abs(total), 0))
     else:
         for j0 in range(0, topk, BLOCK):
             j = j0 + tl.arange(0, BLOCK)
@@ -146,7 +148,8 @@ def _settle(
                     tl.store(sums + j, total, mask=j < topk)
                 if dscores is not None:
                     tl.store(dscores + t, total, mask=live)
-                top = tl.maximum(top, tl.max(tl.abs(total), 0))
+                if largest is not None:
+                    top = tl.maximum(top, tl.max(tl.abs(total), 0))
     if largest is not None:
         tl.store(largest + r, top.to(tl.float32))
 
@@ -260,7 +263,8 @@ class Picks:
 class AllKeys:
     """The settled dscores of a slab of rows at all keys, zeros where nothing was picked, in buffers allocated once.
 
-    dscores: [1, rows, sk].   broken: int32 [rows], whether a row has a query or weight that is infinite or NaN.
+    dscores: [1, rows, sk].   broken: int32 [1 + rows], whether any row so far, and which of these, has a
+    query or weight that is infinite or NaN.
     """
 
     def __init__(self, tile: DenseTile, like: Tensor, dtype: torch.dtype) -> None:
@@ -268,7 +272,8 @@ class AllKeys:
             return torch.empty(shape, dtype=dtype, device=like.device)
 
         self.dscores = empty(1, tile.rows, tile.sk, dtype=dtype)
-        self.bitmap, self.broken = empty(tile.rows, tile.words), empty(tile.rows)
+        self.bitmap = empty(tile.rows, tile.words)
+        self.broken = empty(1 + tile.rows).zero_()
 
     def settle(
         self,
