@@ -367,8 +367,14 @@ def test_a_slab_takes_two_launches(dense: bool, monkeypatch: pytest.MonkeyPatch)
     q, weights, k = leaves(case)
     indices = some_indices(case, 17)
     scores = scores_at([q.detach(), weights.detach(), k], indices)
-    launched, launch = [], GridExecutor.__call__
-    monkeypatch.setattr(GridExecutor, "__call__", lambda *x, **y: launched.append(x[1:2]) or launch(*x, **y))
+    launched: list[Any] = []
+    launch: Any = GridExecutor.__call__
+
+    def counted(kernel: Any, *args: Any, **kwargs: Any) -> None:
+        launched.append(kernel)
+        launch(kernel, *args, **kwargs)
+
+    monkeypatch.setattr(GridExecutor, "__call__", counted)
     scores.backward(torch.ones_like(scores))
     rows = DenseTile.of(9, 60, 3, 16, 4, relu=True).rows
     assert 1 < rows < 9
