@@ -1,8 +1,8 @@
 """selected_scores by kernels: a program holds the queries of one row and gathers the row's keys, a block at a time.
 
 Keys are the long side of every product, heads the other, so that a row's few heads fill tensor cores. Backward makes
-the logits twice: once with dq and dweights of a row resident, once for the gradients of its keys. Those are written pick
-by pick, and `Scatter` adds them up by one writer a key; or dscores stand at all keys, for the dense kernel of dk.
+the logits twice: once with dq and dweights of a row resident, once for the gradients of its keys. Those are written
+pick by pick, and `Scatter` adds them up by one writer a key; or dscores stand at all keys, for the dense kernel of dk.
 """
 
 from __future__ import annotations
