@@ -46,7 +46,12 @@ SHAPES: dict[str, list[IndexerGeometry]] = {
         PLAIN.with_(b=1, heads=40, dim=144),
     ],
     SELECTING[1]: [PLAIN.with_(relu=False), PLAIN.with_(b=1, sq=1, sk=300, topk=70)],
-    SELECTED: [PLAIN, PLAIN.with_(b=1, sk=900, topk=130)],
+    SELECTED: [
+        PLAIN,
+        PLAIN.with_(b=1, sk=900, topk=130),
+        PLAIN.with_(sk=60, relu=False),  # dk is made of dscores at all keys
+        PLAIN.with_(b=1, sq=70, sk=40, heads=32),  # and its rows are shared out
+    ],
     LOSSES[1]: [PLAIN, PLAIN.with_(b=1, sq=1, sk=1100, np=4), PLAIN.with_(relu=False)],
     ATTENDING[1]: [
         PLAIN,

@@ -15,7 +15,7 @@ from headfold.bills import Bill, Scratch
 from headfold.flops import score_flops
 from headfold.loss_slabs import LossSlab
 from headfold.loss_tiles import LossTile
-from headfold.scatter_tiles import ScatterTile
+from headfold.scatter_tiles import ScatterTile, tile_of_scores
 from headfold.score_tiles import ScoreTile
 from headfold.tiles import DEFAULT_WORKSPACE, MIB, GatherTile, Selection, Tile
 from headfold.triton_tiles import SlabSelection
@@ -283,8 +283,9 @@ class IndexerGeometry:
             selecting = self.slab_selection(workspace).scratch_bytes
             return Scratch(selecting, selecting)
         if path == SELECTED:
-            walk = ScatterTile.of_scores(self.sq, self.sk, self.topk, self.dim, size, ranged=ranged)
-            return Scratch(walk.forward_bytes, walk.backward_bytes, self.accumulator_bytes)
+            kind = {"relu": self.relu, "ranged": ranged, "exact": self.itemsize > 2}
+            dk = tile_of_scores(self.sq, self.sk, self.topk, self.heads, self.dim, size, **kind)
+            return Scratch(dk.forward_bytes, dk.backward_bytes, self.accumulator_bytes)
         if path == "headfold loss":
             shape = self.b, self.sq, self.sk, self.heads, self.dim, self.np, size
             slab = LossSlab.of(*shape, None, relu=self.relu)

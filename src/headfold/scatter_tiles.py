@@ -2,7 +2,8 @@
 
 A walk settles the picks of a block of rows. Then it either takes the block slab by slab: the gradients of a slab's
 picks are written one by one, and one writer a key adds them up. Or one writer a key makes them again for all rows of
-the block, masked by what those picked. The grid depends on the shape alone, never on the workspace.
+the block, masked by what those picked; for scores, given the dscores of a slab at all keys, zeros where nothing was
+picked. The grid depends on the shape alone, never on the workspace.
 """
 
 from __future__ import annotations
@@ -25,6 +26,26 @@ _WIDEST_MASKED = 256
 # What a pick's gradients cost a key head, in masked logits of one head: a slab's bytes are written and read, and its
 # launches wait for one another (docs/kernels_gathered.md).
 _PICK_COST = 360
+# Dscores of a slab at all keys, with what stands beside them. With the sums of dk and small change below 16 MiB.
+_DENSE_BYTES = 7 << 20
+# Sums of dk that the rows of a slab are shared out to, where keys alone are too few programs (of 64 keys each) for a
+# chip; each has rows x heads enough to be worth it.
+_PARTS_BYTES = 8 << 20
+_PROGRAMS, _PROGRAM_KEYS, _MOST_PARTS, _PART_ROWS = 256, 64, 8, 1024
+# What a pick costs a channel, in multiply-adds of a visible pair, and the h · d below which a pair costs no less, for
+# its launches (docs/kernels_gathered.md). Exact products take ten times as long, and launches no longer.
+_PICK_PRODUCTS, _LEAST_PRODUCTS = 2000, 6000
+_EXACT_KEYS = 4
+
+
+def meets_every_key(sk: int, topk: int, h: int, d: int, *, exact: bool) -> bool:
+    """Whether dk of selected scores is made of dscores at all keys, and not pick by pick.
+
+    Where sk · max(h · d, 6000) <= 2000 · topk · d, or sk <= 4 · topk for exact products.
+    """
+    if exact:
+        return sk <= _EXACT_KEYS * topk
+    return sk * max(h * d, _LEAST_PRODUCTS) <= _PICK_PRODUCTS * topk * d
 
 
 def masks_keys(sk: int, topk: int, heads: int, key_heads: int, widest: int, *, exact: bool) -> bool:
@@ -80,11 +101,6 @@ class ScatterTile:
         span = max(1, min(topk, max(_LEAST_SPAN, slab_bytes // pick))) if pick else 0
         rows = max(1, min(block, slab_bytes // (span * pick))) if pick else 0
         return cls(block, rows, span, topk, sk, channels, beside, held, size)
-
-    @classmethod
-    def of_scores(cls, sq: int, sk: int, topk: int, d: int, size: int, *, ranged: bool) -> ScatterTile:
-        """Return the tile of dk of selected scores.   ranged: whether gradients are kept within float16's range."""
-        return cls.of(sq, sk, topk, d, size, beside=size, held=4 if ranged else 0)
 
     @classmethod
     def of_picks(cls, rows: int, sk: int, topk: int) -> ScatterTile:
@@ -143,3 +159,60 @@ class ScatterTile:
     def backward_bytes(self) -> int:
         """Scratch of a backward walk."""
         return self.settled_bytes + self.scatter_bytes
+
+
+@dataclass(frozen=True)
+class DenseTile:
+    """Slabs of `rows` rows whose dscores stand at all keys, and the `parts` sums of dk that rows are shared out to.
+
+    size: of the compute dtype.
+    """
+
+    rows: int
+    parts: int
+    sk: int
+    d: int
+    size: int
+    relu: bool
+
+    @classmethod
+    def of(cls, sq: int, sk: int, h: int, d: int, size: int, *, relu: bool) -> DenseTile:
+        """Return the tile for a call of this shape."""
+        one = cls(1, 1, sk, d, size, relu)
+        rows = max(1, min(sq, _DENSE_BYTES // max(1, one.slab_bytes)))
+        programs = _PROGRAMS // max(1, -(-sk // _PROGRAM_KEYS))
+        fitting = _PARTS_BYTES // max(1, sk * d * size)
+        parts = max(1, min(_MOST_PARTS, programs, fitting, rows * (h if relu else 1) // _PART_ROWS))
+        return cls(rows, parts, sk, d, size, relu)
+
+    @property
+    def words(self) -> int:
+        """Int32 of one row's bitmap of keys."""
+        return -(-self.sk // 32)
+
+    @property
+    def slab_bytes(self) -> int:
+        """Bytes of a slab's dscores, bitmaps and marks and, without an activation, of its folded queries."""
+        return self.rows * (self.sk * self.size + 4 * self.words + 4 + (0 if self.relu else self.d * self.size))
+
+    @property
+    def forward_bytes(self) -> int:
+        """Scratch of a forward of selected scores: none, for picks are read as they stand."""
+        return 0
+
+    @property
+    def backward_bytes(self) -> int:
+        """Scratch of a backward walk."""
+        return 4 + self.slab_bytes + (self.parts * self.sk * self.d * self.size if self.parts > 1 else 0)
+
+
+def tile_of_scores(
+    sq: int, sk: int, topk: int, h: int, d: int, size: int, *, relu: bool, ranged: bool, exact: bool
+) -> ScatterTile | DenseTile:
+    """Return the tile of dk of selected scores.
+
+    ranged: whether gradients are kept within float16's range.   exact: whether products are exact.
+    """
+    if meets_every_key(sk, topk, h, d, exact=exact):
+        return DenseTile.of(sq, sk, h, d, size, relu=relu)
+    return ScatterTile.of(sq, sk, topk, d, size, beside=size, held=4 if ranged else 0)

@@ -163,10 +163,71 @@ def query_gradients(
             tl.store(places[:, None] + channel[None, :] * dq_channel, u2 * factor[:, None], mask=mask)
 
 
+@triton.jit
+def _key_sums(
+    g, broken, q, weights, k1, k2, t, start, end, bias, first_row, last_row, sq, sk, offset, batch, q_batch, q_row,
+    q_head, q_channel, g_batch, g_row, g_key, weights_batch, weights_row, weights_head, start_row, end_row,
+    bias_batch, bias_row, bias_key,
+    RATIO: tl.constexpr, HAS_OFFSET: tl.constexpr, RELU: tl.constexpr, H: tl.constexpr, D: tl.constexpr,
+    HEADS: tl.constexpr, FIRST: tl.constexpr, SECOND: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
+    STAGES: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr, ACC: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
+    """Sums [KEYS, FIRST] and [KEYS, SECOND] over rows [first_row, last_row) of a · weights · q."""
+    sum1 = tl.zeros((KEYS, FIRST), ACC)
+    sum2 = tl.zeros((KEYS, SECOND if SECOND > 0 else 16), ACC)
+    each = tl.arange(0, ROWS * HEADS)
+    head = (each % HEADS).to(tl.int64)
+    step = tl.arange(0, ROWS)
+    key_of = t.to(tl.int64)[:, None]
+    for first in tl.range(first_row, last_row, ROWS, num_stages=STAGES):
+        row = first + step
+        inside = row < sq
+        query_row = (first + each // HEADS).to(tl.int64)
+        real = (query_row < sq) & (head < H)
+        if broken is not None:
+            whole = tl.load(broken + row, mask=inside, other=0) == 0
+            real = real & (tl.load(broken + query_row, mask=real, other=0) == 0)
+        places = q + batch * q_batch + query_row * q_row + head * q_head
+        q1 = load_rows(places, real, q_channel, 0, FIRST, FIRST if SECOND else D)
+        if SECOND > 0:
+            q2 = load_rows(places, real, q_channel, FIRST, SECOND, D - FIRST)
+        low, high = row_bounds(row, inside, sk, start, end, start_row, end_row, offset, RATIO, HAS_OFFSET)
+        seen = (t[:, None] >= low[None, :]) & (t[:, None] < high[None, :])
+        incoming = g + batch * g_batch + row.to(tl.int64)[None, :] * g_row
+        if bias is not None:
+            added = bias + batch * bias_batch + row.to(tl.int64)[None, :] * bias_row
+            a = _gated(incoming, seen, added, bias_key, key_of, g_key)
+        else:
+            a = _gated(incoming, seen, None, bias_key, key_of, g_key)
+        a = a.to(ACC)[:, :, None]
+        if RELU:
+            logits = product(k1, tl.trans(q1), tl.zeros((KEYS, ROWS * HEADS), ACC), PRECISION, ACC, UPCAST)
+            if SECOND > 0:
+                logits = product(k2, tl.trans(q2), logits, PRECISION, ACC, UPCAST)
+            barred = tl.reshape(logits, (KEYS, ROWS, HEADS)) <= 0
+            if broken is not None:
+                barred = barred & whole[None, :, None]
+            a = tl.where(barred, 0.0, a)
+        a = tl.reshape(a, (KEYS, ROWS * HEADS))
+        if weights is not None:
+            factors = weights + batch * weights_batch + query_row * weights_row + head * weights_head
+            a = a * tl.load(factors, mask=real, other=0.0).to(ACC)[None, :]
+        if WIDE:
+            q1 = q1.to(ACC)
+            if SECOND > 0:
+                q2 = q2.to(ACC)
+        a = a.to(q1.dtype)
+        sum1 = add_product(a, q1, sum1, first < last_row, PRECISION, ACC, UPCAST)
+        if SECOND > 0:
+            sum2 = add_product(a, q2, sum2, first < last_row, PRECISION, ACC, UPCAST)
+    return sum1, sum2
+
+
 @triton.jit(do_not_specialize=["sq", "sk", "offset"])
 def key_gradients(
     dk,
     g,
+    broken,
     q,
     weights,
     k,
@@ -221,7 +282,8 @@ def key_gradients(
 ):
     """Write or ADD dk of KEYS keys, from one of the parts of the rows. Keys stay, queries and g stream by.
 
-    Without RELU there is one head and a is g.
+    Without RELU there is one head and a is g.   broken: None, or of a batch of one int32 [1 + sq]: whether any row is,
+    and which. Its queries are taken for zeros and its a for g: a key gets NaN of it where g is NaN, and 0 elsewhere.
     """
     # Under a causal bound most rows see the first keys: those of every batch element and part start first.
     batches, parts = tl.num_programs(1), tl.num_programs(2)
@@ -261,49 +323,27 @@ def key_gradients(
     first_block += part.to(tl.int32) * per_part
     last_row = tl.minimum(last_row, (first_block + per_part) * ROWS)
 
-    sum1 = tl.zeros((KEYS, FIRST), ACC)
-    if SECOND > 0:
-        sum2 = tl.zeros((KEYS, SECOND), ACC)
-    each = tl.arange(0, ROWS * HEADS)
-    head = (each % HEADS).to(tl.int64)
-    step = tl.arange(0, ROWS)
-    key_of = t.to(tl.int64)[:, None]
-    for first in tl.range(first_block * ROWS, last_row, ROWS, num_stages=STAGES):
-        row = first + step
-        inside = row < sq
-        query_row = (first + each // HEADS).to(tl.int64)
-        real = (query_row < sq) & (head < H)
-        places = q + batch * q_batch + query_row * q_row + head * q_head
-        q1 = load_rows(places, real, q_channel, 0, FIRST, FIRST if SECOND else D)
-        if SECOND > 0:
-            q2 = load_rows(places, real, q_channel, FIRST, SECOND, D - FIRST)
-        low, high = row_bounds(row, inside, sk, start, end, start_row, end_row, offset, RATIO, HAS_OFFSET)
-        seen = (t[:, None] >= low[None, :]) & (t[:, None] < high[None, :])
-        incoming = g + batch * g_batch + row.to(tl.int64)[None, :] * g_row
-        if bias is not None:
-            added = bias + batch * bias_batch + row.to(tl.int64)[None, :] * bias_row
-            a = _gated(incoming, seen, added, bias_key, key_of, g_key)
-        else:
-            a = _gated(incoming, seen, None, bias_key, key_of, g_key)
-        a = a.to(ACC)[:, :, None]
-        if RELU:
-            logits = product(k1, tl.trans(q1), tl.zeros((KEYS, ROWS * HEADS), ACC), PRECISION, ACC, UPCAST)
-            if SECOND > 0:
-                logits = product(k2, tl.trans(q2), logits, PRECISION, ACC, UPCAST)
-            a = tl.where(tl.reshape(logits, (KEYS, ROWS, HEADS)) <= 0, 0.0, a)
-        a = tl.reshape(a, (KEYS, ROWS * HEADS))
-        if weights is not None:
-            factors = weights + batch * weights_batch + query_row * weights_row + head * weights_head
-            a = a * tl.load(factors, mask=real, other=0.0).to(ACC)[None, :]
-        if WIDE:
-            q1 = q1.to(ACC)
-            if SECOND > 0:
-                q2 = q2.to(ACC)
-        a = a.to(q1.dtype)
-        sum1 = add_product(a, q1, sum1, first < last_row, PRECISION, ACC, UPCAST)
-        if SECOND > 0:
-            sum2 = add_product(a, q2, sum2, first < last_row, PRECISION, ACC, UPCAST)
+    if not RELU:
+        k1 = 0
+        k2 = 0
+    elif SECOND == 0:
+        k2 = k1
+    if broken is None or tl.load(broken) == 0:
+        sum1, sum2 = _key_sums(
+            g, None, q, weights, k1, k2, t, start, end, bias, first_block * ROWS, last_row, sq, sk, offset, batch,
+            q_batch, q_row, q_head, q_channel, g_batch, g_row, g_key, weights_batch, weights_row, weights_head,
+            start_row, end_row, bias_batch, bias_row, bias_key,
+            RATIO, HAS_OFFSET, RELU, H, D, HEADS, FIRST, SECOND, ROWS, KEYS, STAGES, PRECISION, WIDE, ACC, UPCAST,
+        )  # fmt: skip
+    else:
+        sum1, sum2 = _key_sums(
+            g, broken + 1, q, weights, k1, k2, t, start, end, bias, first_block * ROWS, last_row, sq, sk, offset, batch,
+            q_batch, q_row, q_head, q_channel, g_batch, g_row, g_key, weights_batch, weights_row, weights_head,
+            start_row, end_row, bias_batch, bias_row, bias_key,
+            RATIO, HAS_OFFSET, RELU, H, D, HEADS, FIRST, SECOND, ROWS, KEYS, STAGES, PRECISION, WIDE, ACC, UPCAST,
+        )  # fmt: skip
 
+    key_of = t.to(tl.int64)[:, None]
     dk += part * dk_part + batch * dk_batch
     channel = tl.arange(0, FIRST).to(tl.int64)
     places = dk + key_of * dk_row + channel[None, :] * dk_channel

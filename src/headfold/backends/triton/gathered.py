@@ -1,8 +1,8 @@
 """selected_scores by kernels: a program holds the queries of one row and gathers the row's keys, a block at a time.
 
 Keys are the long side of every product, heads the other, so that a row's few heads fill tensor cores. Backward makes
-the logits twice: once with dq and dweights of a row resident, once for the gradients of its keys, which `Scatter` adds
-up by one writer a key. Nothing is held between the two.
+the logits twice: once with dq and dweights of a row resident, once for the gradients of its keys. Those are written
+pick by pick, and `Scatter` adds them up by one writer a key; or dscores stand at all keys, for the dense kernel of dk.
 """
 
 from __future__ import annotations
@@ -12,13 +12,14 @@ import triton
 from torch import Tensor
 
 from headfold.backends.triton.gathered_kernels import query_gradients_of_picks, score_picks, spread_key_gradients
+from headfold.backends.triton.launches import Slab, empty, launch_fold, launch_key_sums
 from headfold.backends.triton.operands import options, streamed
-from headfold.backends.triton.picks import Picks, Scatter, strides
+from headfold.backends.triton.picks import AllKeys, Picks, Ranges, Scatter, strides
 from headfold.backends.triton.products import NARROWEST, pieces
 from headfold.backends.triton.table import arch_of, tile
 from headfold.backends.triton.visible import bias_strides, bound_strides
 from headfold.contract import compute_dtype
-from headfold.scatter_tiles import ScatterTile
+from headfold.scatter_tiles import DenseTile, ScatterTile, tile_of_scores
 from headfold.tiles import blocks
 
 NEG_INF = float("-inf")
@@ -26,13 +27,10 @@ NEG_INF = float("-inf")
 PICK_BLOCKS = 8
 
 
-def gather_tile_of(q: Tensor, k: Tensor, indices: Tensor, relu: bool) -> ScatterTile:
-    """Return the tile of a backward walk over batch-first q [b, sq, h, d], k [b, sk, d] and indices [b, sq, topk].
-
-    A forward takes no scratch, and what a backward takes does not depend on the activation.
-    """
-    shape = q.shape[1], k.shape[1], indices.shape[2], q.shape[3], compute_dtype(q.dtype).itemsize
-    return ScatterTile.of_scores(*shape, ranged=q.dtype == torch.float16)
+def gather_tile_of(q: Tensor, k: Tensor, indices: Tensor, relu: bool) -> ScatterTile | DenseTile:
+    """Return the tile of a backward walk over batch-first q [b, sq, h, d], k [b, sk, d] and indices [b, sq, topk]."""
+    shape = q.shape[1], k.shape[1], indices.shape[2], *q.shape[2:], compute_dtype(q.dtype).itemsize
+    return tile_of_scores(*shape, relu=relu, ranged=q.dtype == torch.float16, exact=q.dtype.itemsize > 2)
 
 
 def selected_scores(
@@ -84,7 +82,7 @@ def selected_scores_backward(
     scale: float,
     needs: tuple[bool, bool, bool],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """As `headfold.backends.eager.selected_scores_backward`; scratch is that of a ScatterTile, for dk alone."""
+    """As `headfold.backends.eager.selected_scores_backward`; scratch is that of the call's tile, for dk alone."""
     b, sq, topk = indices.shape
     dq = torch.zeros_like(q) if needs[0] else None
     dweights = torch.zeros_like(weights) if needs[1] and weights is not None else None
@@ -102,7 +100,11 @@ def selected_scores_backward(
             **arithmetic, **cut, RATIO=ratio, STATIC=offset is not None,
         )  # fmt: skip
     if dk is not None:
-        _key_gradients(dk, g, q, weights, k, indices, (start, end, bias, offset, ratio), arithmetic, scale)
+        ranges, tile = (start, end, bias, offset, ratio), gather_tile_of(q, k, indices, relu)
+        if isinstance(tile, DenseTile):
+            _dense_key_gradients(dk, g, q, weights, k, indices, ranges, tile, scale)
+        else:
+            _key_gradients(dk, g, q, weights, k, indices, ranges, tile, arithmetic, scale)
     return dq, dweights, dk
 
 
@@ -113,12 +115,13 @@ def _key_gradients(
     weights: Tensor | None,
     k: Tensor,
     indices: Tensor,
-    ranges: tuple[Tensor | None, Tensor | None, Tensor | None, int | None, int],
+    ranges: Ranges,
+    walk: ScatterTile,
     arithmetic: dict[str, object],
     scale: float,
 ) -> None:
     """Write dk, slab by slab of rows, in the compute dtype and cast once."""
-    dtype, walk, cut = compute_dtype(q.dtype), gather_tile_of(q, k, indices, True), _cut("selected_keys", q)
+    dtype, cut = compute_dtype(q.dtype), _cut("selected_keys", q)
     picks, scatter = Picks(walk, q, dtype=dtype, ranged=q.dtype == torch.float16), Scatter(walk, q)
     assert picks.sums is not None
     spread = torch.empty(walk.rows, 1, walk.span, q.shape[3], dtype=dtype, device=q.device)
@@ -144,9 +147,55 @@ def _key_gradients(
             dk[i] = cast
 
 
+def _dense_key_gradients(
+    dk: Tensor,
+    g: Tensor,
+    q: Tensor,
+    weights: Tensor | None,
+    k: Tensor,
+    indices: Tensor,
+    ranges: Ranges,
+    tile: DenseTile,
+    scale: float,
+) -> None:
+    """Write dk as that of dscores at all keys, slab by slab of rows, in the compute dtype and cast once."""
+    dtype, (start, end, _, offset, ratio) = compute_dtype(q.dtype), ranges
+    every, sq = AllKeys(tile, q, dtype), q.shape[1]
+    cast = torch.empty(k.shape[1:], dtype=dtype, device=q.device) if dk.dtype != dtype else None
+    parts = empty(q, tile.parts, *k.shape[1:]) if tile.parts > 1 else None
+    folded = None if tile.relu else empty(q, 1, tile.rows, 1, q.shape[3])
+    for i in range(q.shape[0]):
+        total = dk[i] if cast is None else cast.zero_()
+        sums = (total.unsqueeze(0) if parts is None else parts.zero_()).unsqueeze(1)
+        whole = Slab(
+            q[i : i + 1], _alone(weights, i), k[i : i + 1], _alone(start, i), _alone(end, i), None, offset, ratio, 1.0
+        )
+        for rows in blocks(sq, tile.rows):
+            dscores = every.settle(indices, (i * sq + rows[0], i * sq + rows[1]), ranges, g, scale, q, weights)
+            slab = whole.rows(*rows)
+            if folded is not None:
+                queries = folded[:, : rows[1] - rows[0]]
+                launch_fold(queries, slab.q, slab.weights)
+                slab = slab.folded(queries)
+            for first, end_head in slab.groups("key_gradients"):
+                launch_key_sums(
+                    sums, dscores, slab.heads(first, end_head), relu=tile.relu, add=True, broken=every.broken
+                )
+        if parts is not None:
+            for part in parts:
+                total += part
+        if cast is not None:
+            dk[i] = cast
+
+
 def batch_element(x: Tensor | None, i: int) -> Tensor | None:
     """Return batch element i; an axis of size one stands for all."""
     return None if x is None else x[i if x.shape[0] > 1 else 0]
+
+
+def _alone(x: Tensor | None, i: int) -> Tensor | None:
+    """Return batch element i as a batch of one."""
+    return None if x is None else x[i : i + 1] if x.shape[0] > 1 else x
 
 
 def _cut(kernel: str, q: Tensor) -> dict[str, int]:

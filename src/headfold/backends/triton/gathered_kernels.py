@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from headfold.backends.triton.operands import factor, matrix, meet, power_of_two, put, rounded
+from headfold.backends.triton.operands import factor, halves, matrix, meet, power_of_two, put, rounded
 from headfold.backends.triton.picks import picked
 from headfold.backends.triton.products import product
 from headfold.backends.triton.visible import row_bounds
@@ -211,10 +211,17 @@ def query_gradients_of_picks(
             if dq is not None:
                 if RANGED:
                     incoming = incoming / largest
-                a = rounded(tl.where(barred, 0.0, incoming[:, None]), k0.dtype, UPCAST)
+                # Where equal picks cancel, a single rounding would be all that is left of them.
+                high, low = halves(incoming, k0.dtype, UPCAST)
+                a = tl.where(barred, 0.0, high[:, None]).to(k0.dtype)
                 u0 = product(tl.trans(k0), a, u0, PRECISION, ACC, UPCAST)
                 if D1 > 0:
                     u1 = product(tl.trans(k1), a, u1, PRECISION, ACC, UPCAST)
+                if k0.dtype.primitive_bitwidth == 16:
+                    a = tl.where(barred, 0.0, low[:, None]).to(k0.dtype)
+                    u0 = product(tl.trans(k0), a, u0, PRECISION, ACC, UPCAST)
+                    if D1 > 0:
+                        u1 = product(tl.trans(k1), a, u1, PRECISION, ACC, UPCAST)
         else:
             u0 += incoming[:, None] * k0.to(ACC)
             if D1 > 0:

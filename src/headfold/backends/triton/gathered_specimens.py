@@ -126,7 +126,11 @@ def _scatters() -> Iterator[Specimen]:
     absent: dict[str, Any] = dict.fromkeys(("start", "end", "bias", "largest"))
     settled = {**absent, "RATIO": 1, "STATIC": True, "SCALE": None, "ACC": tl.float32}
     settled |= {"BLOCK": picks.BLOCK, "COMPARED": picks.COMPARED}
-    yield _described("settle", picks._settle, pointers, settled, 4, 1, matrix=False)
+    picked = dict.fromkeys(("dscores", "broken", "q", "w")) | {"H": 0, "D": 1}
+    yield _described("settle", picks._settle, pointers, settled | picked, 4, 1, matrix=False)
+    everywhere = {"picks": None, "sums": None, "H": MOST, "D": 128}
+    inputs = {"dscores": "fp32", "broken": "i32", "q": "bf16", "w": "bf16"}
+    yield _described("settle at all keys", picks._settle, pointers | inputs, settled | everywhere, 4, 1, matrix=False)
     yield _described("rank", picks._rank, pointers, {"BLOCK": picks.BLOCK}, 4, 1, matrix=False)
     collected = {"WIDTH": 128, "CHANNELS": picks.CHANNELS}
     yield _described("collect", picks._collect, pointers, collected, 4, 1, matrix=False)

@@ -46,16 +46,20 @@ class Slab(NamedTuple):
         weights = None if self.weights is None else self.weights[:, :, first:end]
         return self._replace(q=self.q[:, :, first:end], weights=weights)
 
-    def folded(self, q: Tensor, first: int, end: int) -> Slab:
-        """Return the slab of rows [first, end), whose queries are folded into one head q [b, rows, 1, d]."""
+    def rows(self, first: int, end: int) -> Slab:
+        """Return the slab of rows [first, end)."""
         return self._replace(
-            q=q,
-            weights=None,
+            q=self.q[:, first:end],
+            weights=rows_of(self.weights, first, end),
             start=rows_of(self.start, first, end),
             end=rows_of(self.end, first, end),
             bias=rows_of(self.bias, first, end),
             offset=None if self.offset is None else self.offset + first,
         )
+
+    def folded(self, q: Tensor) -> Slab:
+        """Return the slab with its queries folded into one head q [b, rows, 1, d]."""
+        return self._replace(q=q, weights=None)
 
     def row(self, kernel: str) -> Row:
         """Return the tile of a kernel on this slab."""
@@ -151,16 +155,27 @@ def launch_key_gradients(dk: Tensor, g: Tensor, slab: Slab, *, relu: bool, add: 
     b, sk, d = slab.k.shape
     if b * sk == 0:
         return
-    row = slab.row("key_gradients")
-    constants = {**slab.constants(row, relu), "ADD": add and parts == 1, "SCAN": _SCAN, "WIDE": slab.wide}
     sums = dk.unsqueeze(0) if parts == 1 else empty(slab.k, parts, b, sk, d)
-    strides = *sums.stride(), *g.stride(), *slab.strides()
-    grid = cdiv(sk, row.keys), b, parts
-    key_gradients[grid](sums, g, *slab.arguments(), slab.scale, *strides, **constants)
+    launch_key_sums(sums, g, slab, relu=relu, add=add and parts == 1)
     if parts > 1:
         for part in sums[1:]:
             sums[0] += part
         dk.add_(sums[0]) if add else dk.copy_(sums[0])
+
+
+def launch_key_sums(
+    sums: Tensor, g: Tensor, slab: Slab, *, relu: bool, add: bool, broken: Tensor | None = None
+) -> None:
+    """Write dk of each part of the rows to sums [parts, b, sk, d], none of them 0, or add to them.
+
+    broken: int32 [1 + rows], see `key_gradients`.
+    """
+    row = slab.row("key_gradients")
+    constants = {**slab.constants(row, relu), "ADD": add, "SCAN": _SCAN, "WIDE": slab.wide}
+    strides = *sums.stride(), *g.stride(), *slab.strides()
+    parts, b, sk, _ = sums.shape
+    grid = cdiv(sk, row.keys), b, parts
+    key_gradients[grid](sums, g, broken, *slab.arguments(), slab.scale, *strides, **constants)
 
 
 def launch_fold(out: Tensor, q: Tensor, weights: Tensor | None) -> None:

@@ -47,6 +47,24 @@ def rounded(x, DTYPE: tl.constexpr, UPCAST: tl.constexpr):
 
 
 @triton.jit
+def halves(x, DTYPE: tl.constexpr, UPCAST: tl.constexpr):
+    """Two numbers of a 16-bit DTYPE that sum to float32 x, twice as exactly as one; of a wider DTYPE x and zeros.
+
+    Neither has another sign than x, and neither is 0 but where x is: times infinity they are infinite as x is.
+    """
+    if DTYPE.primitive_bitwidth == 16:
+        # Bits that DTYPE has no room for are cut off, so that what is left has the sign of x.
+        lost: tl.constexpr = 16 if DTYPE == tl.bfloat16 else 13
+        high = (x.to(tl.int32, bitcast=True) >> lost << lost).to(tl.float32, bitcast=True).to(DTYPE)
+        least: tl.constexpr = 2.0**-126 if DTYPE == tl.bfloat16 else 2.0**-24
+        left = x - high.to(tl.float32)
+        low = tl.where(x > 0, tl.maximum(left, least), tl.where(x < 0, tl.minimum(left, -least), 0.0))
+        return high, rounded(low, DTYPE, UPCAST)
+    else:
+        return x.to(DTYPE), tl.zeros_like(x).to(DTYPE)
+
+
+@triton.jit
 def power_of_two(x):
     """The power of two at or below each x > 0 in float32; 1 where x is 0, infinite or NaN."""
     bits = x.to(tl.float32).to(tl.int32, bitcast=True) & 0x7F800000

@@ -18,8 +18,10 @@ from torch import Tensor
 
 from headfold.backends.triton.operands import factor
 from headfold.backends.triton.visible import bias_strides, bound_strides, row_bounds
-from headfold.scatter_tiles import ScatterTile
+from headfold.scatter_tiles import DenseTile, ScatterTile
 
+# start, end, bias, offset and ratio of a call
+Ranges = tuple[Tensor | None, Tensor | None, Tensor | None, int | None, int]
 # Picks that a program of `settle` reads at a time, and that it compares with one another where some are equal.
 BLOCK, COMPARED = 1024, 64
 # Channels that a program of `collect` sums.
@@ -41,19 +43,31 @@ def picked(indices, j, topk, step, lo, hi, bias, bias_step):
 
 
 @triton.jit
+def _is_wild(x, ACC: tl.constexpr):
+    """1 where x is infinite or NaN, else 0."""
+    return tl.where(tl.abs(x.to(ACC)) < float("inf"), 0, 1)
+
+
+@triton.jit
 def _settle(
-    picks, sums, largest, bitmap, indices, g, start, end, bias,
+    picks, sums, largest, dscores, broken, bitmap, indices, g, q, w, start, end, bias,
     first_row, sq, sk, topk, words, offset, scale,
     i_batch, i_row, i_step, g_batch, g_row, g_step,
+    q_batch, q_row, q_head, q_step, w_batch, w_row, w_head,
     start_batch, start_step, end_batch, end_step, bias_batch, bias_row, bias_step,
     RATIO: tl.constexpr, STATIC: tl.constexpr, SCALE: tl.constexpr, ACC: tl.constexpr,
-    BLOCK: tl.constexpr, COMPARED: tl.constexpr,
+    BLOCK: tl.constexpr, COMPARED: tl.constexpr, H: tl.constexpr, D: tl.constexpr,
 ):  # fmt: skip
-    """One row: picks [topk] int32 and, for dscores g, sums [topk]: scale · g, with that of equal picks at the first."""
+    """One row: picks [topk] int32 and, for dscores g, sums [topk]: scale · g, with that of equal picks at the first.
+
+    Or these in dscores [sk], at the keys that were picked, and zeros at all others. Its bitmap is cleared here then.
+    Where queries q or weights w are infinite or NaN, the row is broken, and its dscores are NaN where it picked.
+    """
     r = tl.program_id(0).to(tl.int64)
     b, row = (first_row + r) // sq, (first_row + r) % sq
     indices += b * i_batch + row * i_row
-    picks += r * topk
+    if picks is not None:
+        picks += r * topk
     bitmap += r * words
     if start is not None:
         start += b * start_batch
@@ -63,9 +77,33 @@ def _settle(
         bias += b * bias_batch + row * bias_row
     if g is not None:
         g += b * g_batch + row * g_row
-        sums += r * topk
+        if sums is not None:
+            sums += r * topk
         times = factor(scale, SCALE, ACC)
     lo, hi = row_bounds(row, tl.full((), 1, tl.int1), sk, start, end, start_step, end_step, offset, RATIO, STATIC)
+    if dscores is not None:
+        dscores += r * sk
+        for t0 in range(0, sk, BLOCK):
+            t = t0 + tl.arange(0, BLOCK)
+            tl.store(dscores + t, tl.zeros((BLOCK,), ACC), mask=t < sk)
+        for w0 in range(0, words, BLOCK):
+            word = w0 + tl.arange(0, BLOCK)
+            tl.store(bitmap + word, tl.zeros((BLOCK,), tl.int32), mask=word < words)
+        wild = tl.zeros((BLOCK,), tl.int32)
+        for n0 in range(0, H * D, BLOCK):
+            n = n0 + tl.arange(0, BLOCK)
+            place = b * q_batch + row * q_row + (n // D).to(tl.int64) * q_head + (n % D).to(tl.int64) * q_step
+            wild |= _is_wild(tl.load(q + place, mask=n < H * D, other=0.0), ACC)
+        if w is not None:
+            for h0 in range(0, H, BLOCK):
+                head = h0 + tl.arange(0, BLOCK)
+                place = b * w_batch + row * w_row + head.to(tl.int64) * w_head
+                wild |= _is_wild(tl.load(w + place, mask=head < H, other=0.0), ACC)
+        wild = tl.max(wild, 0)
+        tl.store(broken + 1 + r, wild)
+        tl.store(broken, 1, mask=wild > 0)
+        times = tl.where(wild > 0, tl.full((), float("nan"), ACC), times)
+        tl.debug_barrier()
     again = tl.zeros((BLOCK,), tl.int32)
     for j0 in range(0, topk, BLOCK):
         j = j0 + tl.arange(0, BLOCK)
@@ -88,20 +126,30 @@ def _settle(
                     given = tl.load(g + i.to(tl.int64) * g_step, mask=counts, other=0.0).to(ACC)
                     total += tl.sum(tl.where(same, given[None, :], 0.0), 1)
             first = live & (earlier == 0)
-            tl.store(picks + j, tl.where(first, t, -1).to(tl.int32), mask=j < topk)
+            if picks is not None:
+                tl.store(picks + j, tl.where(first, t, -1).to(tl.int32), mask=j < topk)
             if g is not None:
                 total = tl.where(first, total * times, 0.0)
-                tl.store(sums + j, total, mask=j < topk)
-                top = tl.maximum(top, tl.max(tl.abs(total), 0))
+                if sums is not None:
+                    tl.store(sums + j, total, mask=j < topk)
+                if dscores is not None:
+                    tl.store(dscores + t, total, mask=first)
+                if largest is not None:
+                    top = tl.maximum(top, tl.max(tl.abs(total), 0))
     else:
         for j0 in range(0, topk, BLOCK):
             j = j0 + tl.arange(0, BLOCK)
             t, live, _ = picked(indices, j, topk, i_step, lo, hi, bias, bias_step)
-            tl.store(picks + j, tl.where(live, t, -1).to(tl.int32), mask=j < topk)
+            if picks is not None:
+                tl.store(picks + j, tl.where(live, t, -1).to(tl.int32), mask=j < topk)
             if g is not None:
                 total = tl.load(g + j.to(tl.int64) * g_step, mask=live, other=0.0).to(ACC) * times
-                tl.store(sums + j, total, mask=j < topk)
-                top = tl.maximum(top, tl.max(tl.abs(total), 0))
+                if sums is not None:
+                    tl.store(sums + j, total, mask=j < topk)
+                if dscores is not None:
+                    tl.store(dscores + t, total, mask=live)
+                if largest is not None:
+                    top = tl.maximum(top, tl.max(tl.abs(total), 0))
     if largest is not None:
         tl.store(largest + r, top.to(tl.float32))
 
@@ -202,25 +250,72 @@ class Picks:
         indices: Tensor,
         row: tuple[int, int],
         sk: int,
-        ranges: tuple[Tensor | None, Tensor | None, Tensor | None, int | None, int],
+        ranges: Ranges,
         g: Tensor | None = None,
         scale: float = 1.0,
     ) -> None:
-        """Settle rows of indices [b, sq, topk] and of dscores g, numbered over the batch: i·sq + s.
-
-        ranges: start, end, bias, offset and ratio.
-        """
-        start, end, bias, offset, ratio = ranges
+        """Settle rows of indices [b, sq, topk] and of dscores g, numbered over the batch: i·sq + s."""
         self.bitmap.zero_()
-        double = self.sums is not None and self.sums.dtype == torch.float64
-        _settle[(row[1] - row[0],)](
-            self.picks, self.sums, self.largest, self.bitmap, indices, g, start, end, bias,
-            row[0], indices.shape[1], sk, self.tile.topk, self.tile.words, offset or 0, scale,
-            *indices.stride(), *strides(g, 3), *bound_strides(start), *bound_strides(end), *bias_strides(bias),
-            RATIO=ratio, STATIC=offset is not None,
-            SCALE=scale if double else None, ACC=tl.float64 if double else tl.float32,
-            BLOCK=BLOCK, COMPARED=COMPARED, num_warps=4,
-        )  # fmt: skip
+        outputs = self.picks, self.sums, self.largest, None, None, self.bitmap
+        _settle_rows(outputs, indices, row, sk, ranges, g, scale)
+
+
+class AllKeys:
+    """The settled dscores of a slab of rows at all keys, zeros where nothing was picked, in buffers allocated once.
+
+    dscores: [1, rows, sk].   broken: int32 [1 + rows], whether any row so far, and which of these, has a
+    query or weight that is infinite or NaN.
+    """
+
+    def __init__(self, tile: DenseTile, like: Tensor, dtype: torch.dtype) -> None:
+        def empty(*shape: int, dtype: torch.dtype = torch.int32) -> Tensor:
+            return torch.empty(shape, dtype=dtype, device=like.device)
+
+        self.dscores = empty(1, tile.rows, tile.sk, dtype=dtype)
+        self.bitmap = empty(tile.rows, tile.words)
+        self.broken = empty(1 + tile.rows).zero_()
+
+    def settle(
+        self,
+        indices: Tensor,
+        row: tuple[int, int],
+        ranges: Ranges,
+        g: Tensor,
+        scale: float,
+        q: Tensor,
+        weights: Tensor | None,
+    ) -> Tensor:
+        """Settle rows as `Picks.settle` does, in a single launch, and return their dscores.
+
+        q [b, sq, h, d], weights [b, sq, h]: broken rows have dscores of NaN where they picked.
+        """
+        outputs = None, None, None, self.dscores, self.broken, self.bitmap
+        _settle_rows(outputs, indices, row, self.dscores.shape[2], ranges, g, scale, q, weights)
+        return self.dscores[:, : row[1] - row[0]]
+
+
+def _settle_rows(
+    outputs: tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor],
+    indices: Tensor,
+    row: tuple[int, int],
+    sk: int,
+    ranges: Ranges,
+    g: Tensor | None,
+    scale: float,
+    q: Tensor | None = None,
+    weights: Tensor | None = None,
+) -> None:
+    start, end, bias, offset, ratio = ranges
+    double = g is not None and any(x is not None and x.dtype == torch.float64 for x in outputs)
+    _settle[(row[1] - row[0],)](
+        *outputs, indices, g, q, weights, start, end, bias,
+        row[0], indices.shape[1], sk, indices.shape[2], outputs[-1].shape[1], offset or 0, scale,
+        *indices.stride(), *strides(g, 3), *strides(q, 4), *strides(weights, 3),
+        *bound_strides(start), *bound_strides(end), *bias_strides(bias),
+        RATIO=ratio, STATIC=offset is not None,
+        SCALE=scale if double else None, ACC=tl.float64 if double else tl.float32,
+        BLOCK=BLOCK, COMPARED=COMPARED, H=0 if q is None else q.shape[2], D=1 if q is None else q.shape[3], num_warps=4,
+    )  # fmt: skip
 
 
 class Scatter:

@@ -43,30 +43,46 @@ def specimens(arch: str) -> Iterator[Specimen]:
         if (row.kernel, row.dtype, row.d, row.h) == ("scores", "half", 128, 16):
             yield score_specimen(row, "bfloat16", 4, 128)
             yield score_specimen(row, "bfloat16", HEADS, 80, ranged=True, biased=True)
+        if row.kernel == "key_gradients":
+            for dtype in DTYPES[row.dtype]:
+                yield score_specimen(row, dtype, min(row.h, HEADS, row.rows), min(row.d, WIDEST), marked=True)
     for row in rows_of(arch):
         if row.kernel == "fold":
             yield from _fold_specimens(row)
 
 
-def score_specimen(row: Row, dtype: str, h: int, d: int, *, ranged: bool = False, biased: bool = False) -> Specimen:
-    """Return a kernel with the tile of `row`, on inputs of a dtype; ranged, biased: with these."""
+def score_specimen(
+    row: Row, dtype: str, h: int, d: int, *, ranged: bool = False, biased: bool = False, marked: bool = False
+) -> Specimen:
+    """Return a kernel with the tile of `row`, on inputs of a dtype; ranged, biased: with these.
+
+    marked: adding to sums of rows of which some may be broken, as selected scores do.
+    """
     kernel = KERNELS[row.kernel]
     compute = torch.float64 if dtype == "float64" else torch.float32
     half = dtype == "float16"
     # What a launch passes, so that what is compiled here is what runs.
     launched = constants_of(row, 1, True, True, h, d, "tf32" if half else "ieee", compute, False)
-    constants: dict[str, Any] = {**dict.fromkeys(DENSE, 1), **launched, "ADD": False, "SCAN": 256, "WIDE": half}
+    constants: dict[str, Any] = {**dict.fromkeys(DENSE, 1), **launched, "ADD": marked, "SCAN": 256, "WIDE": half}
     types = {"scale": "fp64", "sq": "i32", "sk": "i32", "offset": "i32", "per_program": "i32"}
     types |= dict.fromkeys(("q", "k", "weights", "dq", "dweights", "dk"), POINTERS[dtype])
     types |= {name: POINTERS[str(compute).removeprefix("torch.")] for name in ("out", "g", "bias")}
-    types |= dict.fromkeys(("start", "end"), "*i32:16")
+    types |= dict.fromkeys(("start", "end", "broken"), "*i32:16")
+    if marked:
+        types["dk"] = types["g"]
     if biased:
         constants["bias_key"] = 1
     absent = [] if ranged else ["start", "end"]
     absent += [] if biased else ["bias"]
+    absent += [] if marked else ["broken"]
     hidden = [name for name in kernel.arg_names if name.split("_")[0] in absent]
     constants |= {name: None if name in absent else 0 for name in hidden}
-    label = f"{row.kernel} {dtype} h={h} d={d}" + (" ranged" if ranged else "") + (" biased" if biased else "")
+    label = (
+        f"{row.kernel} {dtype} h={h} d={d}"
+        + (" ranged" if ranged else "")
+        + (" biased" if biased else "")
+        + (" marked" if marked else "")
+    )
     # Exact float32 and float64 products have no use for tensor cores, or hardly any.
     return _specimen(label, kernel, types, constants, row, matrix=row.dtype == "half")
 

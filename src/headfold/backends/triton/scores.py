@@ -98,7 +98,7 @@ def fill_scores(
                 launch_scores(out, slab.heads(*heads), relu=True, add=heads[0] > 0)
         else:
             for rows, folded in _folded(slab):
-                launch_scores(out[:, slice(*rows)], slab.folded(folded, *rows), relu=False)
+                launch_scores(out[:, slice(*rows)], slab.rows(*rows).folded(folded), relu=False)
 
 
 def add_gradients(
@@ -158,7 +158,7 @@ def _folded_gradients(
         u = empty(q, q.shape[0], tile_of(q, slab.k, relu=False).slab_rows, 1, q.shape[3])
     for rows, folded in _folded(slab):
         some = slice(*rows)
-        one = slab.folded(folded, *rows)
+        one = slab.rows(*rows).folded(folded)
         if u is not None:
             launch_query_gradients(u[:, : rows[1] - rows[0]], None, g[:, some], one, relu=False)
             dquery, dfactors, factors = (None if x is None else x[:, some] for x in (dq, dweights, weights))
