@@ -14,8 +14,8 @@ from headfold.tiles import MIB
 
 # A slab of scores stays in L2 between the kernel that fills it and the one that selects from it (50 MB on an H100).
 _SLAB_BYTES = 32 * MIB
-# What is kept of the rows of some slabs until it is sorted: a slab of long rows has too few of them to fill a chip. With
-# a slab this leaves the default workspace room to spare.
+# What is kept of the rows of some slabs until it is sorted: a slab of long rows has too few of them to fill a chip.
+# With a slab this leaves the default workspace room to spare.
 _KEPT_BYTES = 30 * MIB
 # The fixed grid: slabs begin at a multiple of so many rows, and of the rows that one program scores, so that a row has
 # one place in its tile whatever the workspace. Fewer where even those are large: no GPU's product depends on the place.

@@ -1,7 +1,7 @@
 """Keys of every row of a slab of scores that hold its best ones, exactly, and at most as many as there is room for.
 
-One program keeps one row. A sample of it says above which pivot about one and a half times as many keys lie as are
-wanted; one walk over the row keeps those. Where the sample was wrong, the pivot is bisected over the row itself until it
+One program keeps one row. A sample of it says above which pivot about half as many keys again as are wanted lie; one
+walk over the row keeps those. Where the sample was wrong, the pivot is bisected over the row itself until it
 is right, and the walk is made again: the sample decides how long it takes, never what is selected in the end.
 
 Scores are compared as integers of their own width that have their order: equal zeros, and one NaN above all others.
@@ -194,7 +194,7 @@ def keep_kernel(
 ):
     """Keep at least the best topk keys of a row that score above -inf, and at most capacity, in no order.
 
-    found: [lines, capacity], int64 of order and key, or orders alone with found_key beside them. The rows of all batches
+    found: [lines, capacity], int64 of order and key, or orders alone with found_key beside them. Rows of all batches
     are lines from `first_line` on; capacity is at least topk.   count: int32 [lines], how many are kept.
     """
     row, batch = tl.program_id(0), tl.program_id(1).to(tl.int64)

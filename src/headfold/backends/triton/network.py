@@ -44,7 +44,7 @@ def descending(x, LOG: tl.constexpr):
 
 @triton.jit
 def places_by(order, live, LOG: tl.constexpr, LANES: tl.constexpr):
-    """Return the places of live integers [2 ** LOG], int32, the largest first, by as many leading bits as there is room.
+    """Return the places of live integers [2 ** LOG], int32, the largest first, by as many leading bits as fit.
 
     live: whether an integer counts; those that do stand first. Places of the others come last.   LANES: threads that
     neighbours lie on, as a power of two; they become the network's upper axes, which exchange least often.

@@ -18,8 +18,10 @@ POINTERS = {torch.float32: "*fp32:16", torch.float64: "*fp64:16"}
 # Widths of a selection: one that one program sorts, the widest of these, and one that is merged.
 WIDTHS = (512, 2048, 4096)
 # Arguments by whose values nothing is specialised, and strides that are not a multiple of 16.
-ODD = ("sk", "topk", "capacity", "first_line", "offset", "blocks", "period", "apart", "start_row", "end_row")
-ODD += ("scores_batch", "scores_row", "indices_batch", "indices_row")
+ODD = (
+    *("sk", "topk", "capacity", "first_line", "offset", "blocks", "period", "apart", "start_row", "end_row"),
+    *("scores_batch", "scores_row", "indices_batch", "indices_row"),
+)
 
 
 def specimens(arch: str) -> Iterator[Specimen]:
@@ -62,10 +64,10 @@ def _sort(row: Row, width: int) -> Iterator[Specimen]:
     label = f"order topk={width}"
     if plan.blocks == 2:
         for warps, name in ((row.order_warps, label), (row.many_warps, f"{label}, many rows")):
-            constants = {**network(plan.block, warps), **cutting(plan, row, warps)}
-            yield _specimen(name, order_kernel, torch.float32, constants, warps)
+            sorting = {**network(plan.block, warps), **cutting(plan, row, warps)}
+            yield _specimen(name, order_kernel, torch.float32, sorting, warps)
         return
-    constants = {"found_key": None, **cutting(plan, row, row.order_warps)}
+    constants: dict[str, Any] = {"found_key": None, **cutting(plan, row, row.order_warps)}
     yield _specimen(f"cut topk={width}", cut_kernel, torch.float32, constants, row.order_warps)
     for first in (True, False):
         name = label + ("" if first else " merge")
