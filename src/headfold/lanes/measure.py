@@ -60,11 +60,21 @@ def _freeze_once() -> None:
 
 def _cuda_peak(run: Callable[[], Any], device: torch.device) -> Peak:
     torch.cuda.synchronize(device)
+    before = _settled(device)
     torch.cuda.reset_peak_memory_stats(device)
-    before = _requested(device, "current")
     result = run()
     torch.cuda.synchronize(device)
     return Peak(_requested(device, "peak") - before, _requested(device, "current") - before, result)
+
+
+def _settled(device: torch.device) -> int:
+    """Return what is allocated once it has stopped falling: autograd's thread lets go of a backward after it returned."""
+    count = _requested(device, "current")
+    while True:
+        time.sleep(0.003)
+        before, count = count, _requested(device, "current")
+        if count >= before:
+            return count
 
 
 def _requested(device: torch.device, when: str) -> int:

@@ -20,8 +20,7 @@ class Row(NamedTuple):
     """Sizes of the selecting kernels for rows of up to `sk` keys.
 
     deep, sample: keys that a thread takes in one step of a walk, and keys of the sample.   warps, order_warps: of the
-    launches.   many_warps: of ordering MANY_ROWS and more in one launch, which fill a chip with fewer warps each.
-    pairs: kept keys that one program of `count_kernel` compares with as many others.
+    launches.   pairs: kept keys that one program of `count_kernel` compares with as many others.
     """
 
     arch: str
@@ -30,21 +29,19 @@ class Row(NamedTuple):
     sample: int
     warps: int
     order_warps: int
-    many_warps: int
     pairs: int
 
 
 ANY = 1 << 31
 WRITE_WARPS = 4
-MANY_ROWS = 400
-# Orders that stay in registers while a row is cut.
-HELD = 4096
+# Orders that stay in registers while a row is cut, and what a thread then takes in one step of moving them.
+HELD, MOVED = 4096, 8
 # The sample grows where more keys lie above its pivot than may be kept.
 TILES = (
-    Row("cpu", ANY, 8, 64, 1, 1, 1, 32),
-    Row("*", 2048, 8, 256, 4, 4, 2, 64),
-    Row("*", 65536, 16, 1024, 4, 4, 2, 64),
-    Row("*", ANY, 8, 4096, 8, 4, 2, 64),
+    Row("cpu", ANY, 8, 64, 1, 1, 32),
+    Row("*", 2048, 8, 256, 4, 4, 64),
+    Row("*", 65536, 16, 1024, 4, 4, 64),
+    Row("*", ANY, 8, 4096, 8, 4, 64),
 )
 
 
@@ -162,15 +159,15 @@ def _order(indices: Tensor, scores: Tensor | None, top: int, scratch: Scratch) -
     b, rows, topk = indices.shape
     strides = *indices.stride()[:2], *((0, 0) if scores is None else scores.stride()[:2])
     results = indices, scores, topk
-    warps = tile.many_warps if b * rows >= MANY_ROWS else tile.order_warps
+    cutting, warps = cut_constants(plan, tile), tile.order_warps
     if plan.size == 4 and plan.blocks == 2:
-        constants = {"TOP": top, **network(plan.block, warps), **cutting(plan, tile, warps)}
+        constants = {"TOP": top, **network(plan.block, warps), **cutting}
         order_kernel[(rows, 1, b)](
             scratch.found, scratch.count, *results, plan.capacity, *strides, **constants, num_warps=warps
         )
         return
     kept = scratch.found, scratch.found_key, scratch.count
-    cut_kernel[(b * rows,)](*kept, topk, plan.capacity, **cutting(plan, tile, warps), num_warps=warps)
+    cut_kernel[(b * rows,)](*kept, topk, plan.capacity, **cutting, num_warps=warps)
     if plan.size == 8:
         grid = rows, cdiv(topk, tile.pairs), b
         constants = {"TOP": top, "BLOCK": tile.pairs, "num_warps": WRITE_WARPS}
@@ -179,7 +176,7 @@ def _order(indices: Tensor, scores: Tensor | None, top: int, scratch: Scratch) -
     for period, apart in rounds(plan.blocks):
         first = period == 1
         grid = rows, plan.blocks // 2 if first else plan.blocks - apart, b
-        constants = {"BLOCK": plan.block, "FIRST": first, "num_warps": tile.order_warps}
+        constants = {"BLOCK": plan.block, "FIRST": first, "num_warps": warps}
         run = plan.capacity, plan.blocks, period, apart
         merge_kernel[grid](scratch.found, scratch.count, scratch.packed, *run, **constants)
     grid = rows, cdiv(topk, plan.block), b
@@ -194,9 +191,9 @@ def network(block: int, warps: int) -> dict[str, int]:
     return {"LOG": log, "LANES": lanes, "CHUNK": min(2 * block, 256 * warps)}
 
 
-def cutting(plan: Kept, tile: Row, warps: int) -> dict[str, int]:
+def cut_constants(plan: Kept, tile: Row) -> dict[str, int]:
     """Return the constants of a cut."""
-    return {"HELD": min(HELD, power_of_two(plan.capacity)), "DEEP": tile.deep, "WIDE": 32 * warps}
+    return {"HELD": min(HELD, power_of_two(plan.capacity)), "DEEP": MOVED, "WIDE": 32 * tile.order_warps}
 
 
 def rounds(blocks: int) -> list[tuple[int, int]]:

@@ -11,7 +11,7 @@ from headfold.backends.triton.compiling import Specimen
 from headfold.backends.triton.cut import cut_kernel
 from headfold.backends.triton.keep import keep_kernel
 from headfold.backends.triton.order import count_kernel, merge_kernel, order_kernel, write_kernel
-from headfold.backends.triton.select import ORDERS, TILES, WRITE_WARPS, Row, cutting, network, row_of
+from headfold.backends.triton.select import ORDERS, TILES, WRITE_WARPS, Row, cut_constants, network, row_of
 from headfold.triton_tiles import Kept
 
 POINTERS = {torch.float32: "*fp32:16", torch.float64: "*fp64:16"}
@@ -35,7 +35,7 @@ def specimens(arch: str) -> Iterator[Specimen]:
     for row in rows:
         yield _keep(row, torch.float64, ranged=True)
     plan = Kept.of(1, 4096, 2048, 8)
-    constants = cutting(plan, rows[0], rows[0].order_warps)
+    constants = cut_constants(plan, rows[0])
     yield _specimen("cut float64", cut_kernel, torch.float64, constants, rows[0].order_warps)
     yield _specimen("order by counting", count_kernel, torch.float64, {"BLOCK": rows[0].pairs}, WRITE_WARPS)
 
@@ -63,11 +63,10 @@ def _sort(row: Row, width: int) -> Iterator[Specimen]:
     plan = Kept.of(1, 2 * width, width, 4)
     label = f"order topk={width}"
     if plan.blocks == 2:
-        for warps, name in ((row.order_warps, label), (row.many_warps, f"{label}, many rows")):
-            sorting = {**network(plan.block, warps), **cutting(plan, row, warps)}
-            yield _specimen(name, order_kernel, torch.float32, sorting, warps)
+        sorting = {**network(plan.block, row.order_warps), **cut_constants(plan, row)}
+        yield _specimen(label, order_kernel, torch.float32, sorting, row.order_warps)
         return
-    constants: dict[str, Any] = {"found_key": None, **cutting(plan, row, row.order_warps)}
+    constants: dict[str, Any] = {"found_key": None, **cut_constants(plan, row)}
     yield _specimen(f"cut topk={width}", cut_kernel, torch.float32, constants, row.order_warps)
     for first in (True, False):
         name = label + ("" if first else " merge")
