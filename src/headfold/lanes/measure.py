@@ -68,7 +68,7 @@ def _cuda_peak(run: Callable[[], Any], device: torch.device) -> Peak:
 
 
 def _settled(device: torch.device) -> int:
-    """Return what is allocated once it has stopped falling: autograd's thread lets go of a backward after it returned."""
+    """Return what is allocated once it has stopped falling: autograd's thread lets go of a backward late."""
     count = _requested(device, "current")
     while True:
         time.sleep(0.003)
