@@ -348,4 +348,4 @@ print(len(found), compile_specimen(found[0], "sm_90").breaches(found[0], "sm_90"
     command = [sys.executable, "-W", "ignore", "-c", code]
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     assert done.returncode == 0, done.stderr
-    assert done.stdout == "17 []\n"
+    assert done.stdout == "20 []\n"

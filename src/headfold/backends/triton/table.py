@@ -11,6 +11,8 @@ h heads. What it says:
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
@@ -217,6 +219,10 @@ TABLE = (
 )
 
 
+# Rows that go before the table's.
+_TRIED: list[Row] = []
+
+
 def rows_of(arch: str) -> list[Row]:
     """Return the rows that calls on an architecture get: those that no row before them covers."""
     rows: list[Row] = []
@@ -229,10 +235,22 @@ def rows_of(arch: str) -> list[Row]:
 @functools.cache  # a fold of many slabs asks for each
 def tile(kernel: str, arch: str, dtype: torch.dtype, d: int, h: int = 1) -> Row:
     """Return the row of a call.   arch: as `arch_of` names it."""
-    for row in TABLE:
+    for row in (*_TRIED, *TABLE):
         if row.kernel == kernel and row.arch in (arch, "*") and row.takes(dtype) and d <= row.d and h <= row.h:
             return row
     raise UnsupportedError(f'{kernel}: has no tile for {arch}, {KINDS[dtype]}, d={d}, h={h}. Use impl="eager".')
+
+
+@contextmanager
+def trying(row: Row) -> Iterator[None]:
+    """Put a row before the table, for calls made meanwhile."""
+    _TRIED.append(row)
+    tile.cache_clear()
+    try:
+        yield
+    finally:
+        _TRIED.remove(row)
+        tile.cache_clear()
 
 
 @functools.cache  # asking torch takes longer than launching a kernel
