@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -45,7 +46,8 @@ class Pattern:
     """One way to a mask.
 
     public: what users call.   body: the same, undecorated, for proofs that a custom op is opaque to.   inputs: fresh
-    ones for a seed and a device.   refused: whether it is expected to read data back.
+    ones for a seed and a device.   refused: whether it is expected to read data back.   plain: what users call for the
+    bits of the body, where "auto" may choose another backend than the body's.
     """
 
     name: str
@@ -53,6 +55,7 @@ class Pattern:
     body: Callable[..., Tensors]
     inputs: Callable[[int, torch.device], Tensors]
     refused: bool = False
+    plain: Callable[..., Tensors] | None = None
 
 
 def capture(device: torch.device, *, track: Track[Any] = no_track) -> Lane:
@@ -94,7 +97,8 @@ def _traced(pattern: Pattern, proof: str, device: torch.device) -> str:
     # Any other exception is a fault of its own, not a refusal.
     refusals = (DataRead, DataDependentOutputException, GuardOnDataDependentSymNode, Unsupported)
     inputs = pattern.inputs(0, device)
-    expected = pattern.public(*pattern.inputs(0, device))
+    plain = None if proof == FULLGRAPH else pattern.plain
+    expected = (plain or pattern.public)(*pattern.inputs(0, device))
     try:
         if proof == NO_READS:
             with no_data_reads():
@@ -234,9 +238,9 @@ def _update_body(mask: Tensor, indices: Tensor) -> Tensors:
     return (mask,)
 
 
-def _chain(q: Tensor, weights: Tensor, k: Tensor) -> Tensors:
-    scores = index_scores(q, weights, k, causal=True, layout="bshd")
-    indices = index_topk(q, weights, k, TOPK, causal=True, layout="bshd").indices
+def _chain(q: Tensor, weights: Tensor, k: Tensor, impl: str = "auto") -> Tensors:
+    scores = index_scores(q, weights, k, causal=True, layout="bshd", impl=impl)
+    indices = index_topk(q, weights, k, TOPK, causal=True, layout="bshd", impl=impl).indices
     return scores, indices, index_mask(indices, S)
 
 
@@ -263,5 +267,5 @@ UPSTREAM = (
 OURS = (
     Pattern("index_mask", _mask, _mask_body, _selections),
     Pattern(UPDATE, _update, _update_body, _mask_and_block),
-    Pattern("scores, topk, mask", _chain, _chain_body, _indexer_inputs),
+    Pattern("scores, topk, mask", _chain, _chain_body, _indexer_inputs, plain=partial(_chain, impl="eager")),
 )

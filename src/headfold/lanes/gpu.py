@@ -50,7 +50,7 @@ DTYPES = ("float32", "bfloat16")
 WORKERS = 6
 # Seconds that all jobs may take together, and those that run one at a time before the others begin.
 SECONDS, MEMORY_SECONDS = 570.0, 300.0
-ALONE = 100.0  # seconds of one of these
+ALONE = 200.0  # seconds of one of these
 BROKEN = (Column("check", "check"), Column("verdict", "verdict"), Column("note", "note"))
 
 
