@@ -25,7 +25,7 @@ _LEAST_BYTES = 12 * MIB
 # Scores that a row of a slab is padded to, so that rows begin where vector loads can.
 PADDING = 64
 # Keys that may be kept for the cut. The pivot of a sample of 1024 keys leaves 2700 above it where one key in eight of
-# 16384 is selected, give or take 650 deviations' worth, and more in longer rows, which take a larger sample.
+# 16384 is selected, give or take 700 (3.5 deviations), and more in longer rows, which take a larger sample.
 _CAPACITY, _CAPACITY_LONG, _LONG = 4096, 8192, 65536
 # The sorting network takes two blocks in registers: as many as are kept, or two of these at a time.
 _SORTED = 1024

@@ -201,7 +201,7 @@ class Patch:
             return
         try:
             self.undo()
-        except Exception as failure:  # a hook may raise anything; the error of the block itself goes first
+        except Exception as failure:  # whatever a hook raises must not hide the block's own error: it is warned of
             if error is None:
                 raise
             warnings.warn(str(failure), RuntimeWarning, stacklevel=2)

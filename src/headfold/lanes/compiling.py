@@ -80,7 +80,7 @@ def _row(compiling: Any, job: _Job) -> dict[str, Any]:
     row = {"kernel": specimen.name, "arch": arch, "warps": specimen.num_warps, "stages": specimen.num_stages}
     try:
         result = compiling.compile_specimen(specimen, arch)
-    except Exception as error:  # noqa: BLE001 - compilers raise many types: each fails its row, by name
+    except Exception as error:  # noqa: BLE001 - ptxas, LLVM and Triton share no base type; the row fails and names it
         return {**row, "verdict": FAIL, "note": f"{type(error).__name__}: {str(error).strip().splitlines()[-1]}"}
     breaches = result.breaches(specimen, arch)
     return {

@@ -129,7 +129,7 @@ def _lane(job: Job, device: torch.device, end: float) -> Lane:
         if left <= 0:
             raise TimeoutError("not begun: the lanes before it took all of the time")
         lane = measure.in_fresh_process(partial(job.run, **job.options), *job.arguments, device, seconds=left)
-    except Exception as error:  # noqa: BLE001 - whatever a device or a compiler raises fails this lane, by name
+    except Exception as error:  # noqa: BLE001 - no type covers device, compiler and tool; the lane fails by name
         said = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
     if not isinstance(lane, Lane):
         lane = Lane(job.name, "Does it run?", BROKEN, [{"check": job.name, "verdict": FAIL, "note": said}])

@@ -1,6 +1,6 @@
-"""A sorting network in registers: bitonic, over unsigned integers of 32 bits, without a barrier where one warp sorts.
+"""A sorting network in registers: bitonic, over unsigned integers of 32 bits.
 
-A score and its key need 64 bits, for which a network takes three times the instructions. So it sorts what fits: the
+A score and its key need 64 bits, of which every exchange is several instructions. So it sorts what fits: the
 leading bits of a score's distance from the least one, over the place that the score came from.
 """
 
