@@ -331,7 +331,7 @@ def test_at_full_size_slabs_are_few_and_the_least_workspace_is_small() -> None:
         assert SlabSelection.of(1, 32768, sk, 32, 128, 2048, 4, 0).scratch_bytes <= 16 * MIB
     decoding = SlabSelection.of(10**6, 1, 8, 32, 128, 1, 4, 64 * MIB)
     assert max(part.batch_end - part.batch for part in decoding.slabs(10**6, 1, lambda row: 8)) == 65535
-    assert selecting.row_of("sm_90", 32768).sample == 1024
+    assert selecting.row_of("sm_90", 32768).sample == 2048
 
 
 def test_the_compile_lane_has_the_kernels_and_they_compile_without_a_spill() -> None:
@@ -347,4 +347,4 @@ print(len(found), compile_specimen(found[0], "sm_90").breaches(found[0], "sm_90"
     command = [sys.executable, "-W", "ignore", "-c", code]
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     assert done.returncode == 0, done.stderr
-    assert done.stdout == "20 []\n"
+    assert done.stdout == "22 []\n"

@@ -16,7 +16,10 @@ if TYPE_CHECKING:
 
 
 class TopK(NamedTuple):
-    """A selection: indices [b, sq, topk], score-descending, -1 where a row ran out of keys; scores alike, or None."""
+    """A selection: indices [b, sq, topk], score-descending, -1 where a row ran out of keys; scores alike, or None.
+
+    In another order, with -1 last all the same, where it was asked for with sorted=False.
+    """
 
     indices: Tensor
     scores: Tensor | None
@@ -30,6 +33,7 @@ def index_topk(
     *,
     with_scores: bool = False,
     index_dtype: torch.dtype = torch.int32,
+    sorted: bool = True,
     causal: bool = False,
     keys: KeyRange | None = None,
     bias: Tensor | None = None,
@@ -53,6 +57,9 @@ def index_topk(
         topk: keys to keep; the result has this width even where it exceeds sk, and rows that see fewer end in -1.
         with_scores: whether to return the scores of what was selected (-inf beside -1).
         index_dtype: torch.int32 or torch.int64.
+        sorted: whether a selection is in that order. False, as torch.topk has it, leaves open in which: the same keys,
+            in an order that is the same in every run of one call, -1 last. Attention needs no order, and kernels then
+            do not sort.
         causal: as in `index_scores`.
         keys: as in `index_scores`.
         bias: as in `index_scores`.
@@ -93,6 +100,6 @@ def index_topk(
         least = backends.load(backend).selection_plan(call.q, call.k, call.relu, topk, 0)
         enough_workspace("index_topk", least.scratch_bytes, call.workspace)
         inputs = (x if x is None else x.detach() for x in call.inputs)
-        rest = topk, with_scores, index_dtype, call.workspace
+        rest = topk, with_scores, index_dtype, call.workspace, sorted
         indices, scores = ops.index_topk(*inputs, *call.options, *rest, backend)
     return TopK(indices, scores if with_scores else None)

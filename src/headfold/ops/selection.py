@@ -29,17 +29,18 @@ def index_topk(
     with_scores: bool,
     index_dtype: torch.dtype,
     workspace: int,
+    in_order: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
     """Run the selecting fold; scores not asked for are an empty tensor."""
-    rest = topk, with_scores, index_dtype, workspace
+    rest = topk, with_scores, index_dtype, workspace, in_order
     indices, scores = load(backend).index_topk(q, weights, k, start, end, bias, offset, ratio, relu, scale, *rest)
     return indices, q.new_empty(0) if scores is None else scores
 
 
 @index_topk.register_fake
 def _(q: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-    topk, with_scores, index_dtype, *_ = rest[-5:]
+    topk, with_scores, index_dtype, *_ = rest[-6:]
     shape = q.shape[0], q.shape[1], topk
     scores = q.new_empty(shape, dtype=compute_dtype(q.dtype)) if with_scores else q.new_empty(0)
     return q.new_empty(shape, dtype=index_dtype), scores

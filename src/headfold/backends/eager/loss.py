@@ -88,11 +88,13 @@ def indexer_loss(
 
 
 def scaled(factor: Tensor, gradient: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return factor · gradient [b, s, ...] in dtype; a cast is made block by block, so that nothing is held twice."""
+    """Return factor · gradient [b, s, ...] in dtype; where a cast takes memory, it is made block by block."""
     if gradient.dtype == dtype:
         return gradient * factor
     out = torch.empty_like(gradient, dtype=dtype)
-    if gradient.numel() > 0:
+    if gradient.is_cuda:  # casts as it writes
+        torch.mul(gradient, factor, out=out)
+    elif gradient.numel() > 0:
         step = max(1, MIB * gradient.shape[1] // (4 * gradient.nbytes))
         for span in blocks(gradient.shape[1], step):
             out[:, slice(*span)] = gradient[:, slice(*span)] * factor

@@ -134,6 +134,7 @@ def index_topk(
     with_scores: bool,
     index_dtype: torch.dtype,
     workspace: int,
+    in_order: bool = True,
 ) -> tuple[Tensor, Tensor | None]:
     """Indices [b, sq, topk] of a checked, batch-first call in the total order, and their scores if asked for."""
     b, sq, sk = q.shape[0], q.shape[1], k.shape[1]

@@ -15,6 +15,7 @@ from headfold.backends.eager.attention import rows_like
 from headfold.backends.triton.attention_backward import backward_tile
 from headfold.backends.triton.attention_cuts import cut, widths
 from headfold.backends.triton.attention_kernels import attend
+from headfold.backends.triton.launch import launch
 from headfold.backends.triton.operands import options, streamed
 from headfold.backends.triton.picks import Picks
 from headfold.contract import compute_dtype
@@ -66,7 +67,8 @@ def sparse_attention(
     for rows in blocks(b * sq, walk.block):
         if walk.topk:
             picks.settle(indices, rows, key.shape[1], (start, end, None, offset, ratio))
-        attend[(rows[1] - rows[0], grid_heads)](
+        launch(
+            attend, (rows[1] - rows[0], grid_heads),
             out, lse, query, key, values, sink, picks.picks, rows[0], sq, walk.topk, scale,
             *out.stride(), *query.stride(), *key.stride(), *values.stride(),
             **widths(query, key, v_dim, value is None), **tile, **options(query, scale),

@@ -19,6 +19,7 @@ from headfold.backends.triton.attention_gradients import (
     sink_gradients,
     spread_gradients,
 )
+from headfold.backends.triton.launch import launch
 from headfold.backends.triton.operands import options, streamed
 from headfold.backends.triton.picks import Picks, Scatter, strides
 from headfold.contract import compute_dtype
@@ -133,7 +134,8 @@ class _Backward:
         """Make what each row needs, and its dq."""
         key_heads, tile = self.key.shape[2], cut("attention_rows", self.query, self.key)
         grid = rows[1] - rows[0], key_heads * triton.cdiv(self.query.shape[2] // key_heads, tile["BH"])
-        row_gradients[grid](
+        launch(
+            row_gradients, grid,
             dq, self.top, self.share, self.mean, self.reach,
             g, self.query, self.key, self.values, self.sink, self.picks.picks,
             rows[0], self.sq, self.walk.topk, self.scale, *strides(dq, 4), *g.stride(), *self.strides,
@@ -143,7 +145,9 @@ class _Backward:
     def sinks(self, rows: tuple[int, int]) -> None:
         """Add the rows' part of dsink."""
         heads = self.query.shape[2]
-        sink_gradients[(triton.cdiv(heads, SINK_HEADS),)](
+        launch(
+            sink_gradients,
+            (triton.cdiv(heads, SINK_HEADS),),
             self.dsink,
             self.top,
             self.share,
@@ -168,7 +172,8 @@ class _Backward:
     def _masked(self, total: Tensor, values: bool, g: Tensor, rows: tuple[int, int]) -> None:
         tile, arithmetic = masked_cut(self.query, self.key), {**self.widths, **self.arithmetic}
         del arithmetic["REUSE"]
-        masked_gradients[(triton.cdiv(self.walk.sk, tile["BN"]), self.key.shape[2])](
+        launch(
+            masked_gradients, (triton.cdiv(self.walk.sk, tile["BN"]), self.key.shape[2]),
             total, self.top, self.share, self.mean, self.picks.bitmap, g, self.query, self.key, self.values,
             rows[0], rows[1] - rows[0], self.sq, self.walk.sk, self.walk.words, self.scale,
             *total.stride()[:2], *g.stride(), *self.strides, **arithmetic, **tile, VALUES=values, SCAN=SCANNED,
@@ -184,7 +189,8 @@ class _Backward:
         for slab in blocks(rows[1] - rows[0], walk.rows):
             some = slice(*slab)
             for span in blocks(walk.topk, walk.span):
-                spread_gradients[(slab[1] - slab[0], triton.cdiv(span[1] - span[0], tile["BN"]), key_heads)](
+                launch(
+                    spread_gradients, (slab[1] - slab[0], triton.cdiv(span[1] - span[0], tile["BN"]), key_heads),
                     self.dkeys, self.dvalues, self.top[some], self.share[some], self.mean[some],
                     None if self.reach is None else self.reach[some],
                     g, self.query, self.key, self.values, self.picks.picks[some],

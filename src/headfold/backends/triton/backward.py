@@ -8,7 +8,7 @@ products, in the accumulator's dtype: it also equals q · u, but of a that was r
 import triton
 import triton.language as tl
 
-from headfold.backends.triton.products import add_product, load_rows, number, product
+from headfold.backends.triton.products import add_product, load_rows, load_tile, number, product, tile_places
 from headfold.backends.triton.visible import row_bounds
 
 
@@ -73,6 +73,7 @@ def query_gradients(
     ROWS: tl.constexpr,
     KEYS: tl.constexpr,
     STAGES: tl.constexpr,
+    EVEN: tl.constexpr,
     PRECISION: tl.constexpr,
     WIDE: tl.constexpr,
     ACC: tl.constexpr,
@@ -81,7 +82,8 @@ def query_gradients(
     """Write dq and dweights of ROWS rows (either may be None). Queries stay, keys and g stream by.
 
     Without RELU there is one head, a is g, and no logits are made: dq is then Σ_t g · k alone.
-    WIDE multiplies a in the accumulator's dtype: float16 has no range for gradients.
+    WIDE multiplies a in the accumulator's dtype: float16 has no range for gradients.   EVEN: every tile of
+    keys is full, and `is_near`.
     """
     block = tl.num_programs(0) - 1 - tl.program_id(0)
     batch = tl.program_id(1).to(tl.int64)
@@ -115,12 +117,23 @@ def query_gradients(
     if bias is not None:
         bias += batch * bias_batch + row.to(tl.int64)[:, None] * bias_row
     step = tl.arange(0, KEYS)
+    k += batch * k_batch
+    if EVEN:
+        places1 = tile_places(step, k_row, k_channel, 0, FIRST)
+        if SECOND > 0:
+            places2 = tile_places(step, k_row, k_channel, FIRST, SECOND)
     for key in tl.range(first_key, last_key, KEYS, num_stages=STAGES):
         t = key + step
-        there = k + batch * k_batch + t.to(tl.int64) * k_row
-        k1 = load_rows(there, t < sk, k_channel, 0, FIRST, FIRST if SECOND else D)
-        if SECOND > 0:
-            k2 = load_rows(there, t < sk, k_channel, FIRST, SECOND, D - FIRST)
+        if EVEN:
+            tile = k + tl.cast(key, tl.int64) * k_row
+            k1 = load_tile(tile, places1, FIRST, FIRST if SECOND else D)
+            if SECOND > 0:
+                k2 = load_tile(tile, places2, SECOND, D - FIRST)
+        else:
+            there = k + t.to(tl.int64) * k_row
+            k1 = load_rows(there, t < sk, k_channel, 0, FIRST, FIRST if SECOND else D)
+            if SECOND > 0:
+                k2 = load_rows(there, t < sk, k_channel, FIRST, SECOND, D - FIRST)
         seen = (t[None, :] >= low[:, None]) & (t[None, :] < high[:, None])
         a = _gated(incoming, seen, bias, bias_key, t.to(tl.int64)[None, :], g_key).to(ACC)[:, None, :]
         if RELU:

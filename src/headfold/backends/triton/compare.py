@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from headfold.backends.triton.launch import launch
 from headfold.backends.triton.products import ACCUMULATORS
 from headfold.backends.triton.table import arch_of, tile
 from headfold.backends.triton.visible import bias_strides, bound_strides, row_bounds
@@ -176,8 +177,20 @@ def mark_seen(
     b, rows, width = marks.shape
     strides = *bias_strides(bias), *bound_strides(start), *bound_strides(end), offset
     row = tile("compare", arch_of(marks.device), torch.float32, 1)
-    mark_seen_kernel[(b * rows,)](
-        marks, bias, start, end, rows, n, width, *strides, RATIO=ratio, BLOCK=row.keys, num_warps=row.warps
+    launch(
+        mark_seen_kernel,
+        (b * rows,),
+        marks,
+        bias,
+        start,
+        end,
+        rows,
+        n,
+        width,
+        *strides,
+        RATIO=ratio,
+        BLOCK=row.keys,
+        num_warps=row.warps,
     )
 
 
@@ -187,8 +200,17 @@ def mark_selected(marks: Tensor, indices: Tensor) -> None:
     kept = indices.shape[2]
     row = tile("compare", arch_of(marks.device), torch.float32, 1)
     if kept > 0:
-        mark_selected_kernel[(b * rows, triton.cdiv(kept, row.keys))](
-            marks, indices, rows, width, kept, *indices.stride()[:2], BLOCK=row.keys, num_warps=row.warps
+        launch(
+            mark_selected_kernel,
+            (b * rows, triton.cdiv(kept, row.keys)),
+            marks,
+            indices,
+            rows,
+            width,
+            kept,
+            *indices.stride()[:2],
+            BLOCK=row.keys,
+            num_warps=row.warps,
         )
 
 
@@ -216,7 +238,9 @@ def compare(
     counted_strides = (0, 0) if counted is None else counted.stride()
     strides = *scores.stride()[:2], *bound_strides(start), *bound_strides(end), *counted_strides, offset
     row = tile("compare", arch_of(mass.device), mass.dtype, 1)
-    compare_kernel[(b * rows,)](
+    launch(
+        compare_kernel,
+        (b * rows,),
         losses,
         scores,
         mass,

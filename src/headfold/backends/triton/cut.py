@@ -5,17 +5,23 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from headfold.backends.triton.keep import between, key_of, numbered, put
+from headfold.backends.triton.keep import between, key_of, numbered, ordered, put
 
 
 @triton.jit
-def _orders(found, found_key, i, many):
-    """Read orders back; of places that hold none, the least integer."""
+def _least(found_key):
+    """Return the least integer of an order's width, below all orders of what is kept."""
+    return tl.full((), -(2**31), tl.int32) if found_key is None else tl.full((), -(2**63), tl.int64)
+
+
+@triton.jit
+def _orders(found, found_key, i, many, TOP: tl.constexpr):
+    """Read bits back, as orders; of places that hold none, the least integer."""
     if found_key is None:
-        order = (tl.load(found + i, mask=i < many, other=-(2**63)) >> 32).to(tl.int32)
+        order = ordered((tl.load(found + i, mask=i < many, other=0) >> 32).to(tl.int32), TOP)
     else:
-        order = tl.load(found + i, mask=i < many, other=-(2**63))
-    return order
+        order = ordered(tl.load(found + i, mask=i < many, other=0), TOP)
+    return tl.where(i < many, order, _least(found_key))
 
 
 @triton.jit
@@ -29,29 +35,29 @@ def _keys(found, found_key, i, many):
 
 
 @triton.jit
-def _ties(found, found_key, many, value, until, HELD: tl.constexpr):
+def _ties(found, found_key, many, value, until, TOP: tl.constexpr, HELD: tl.constexpr):
     """Return how many keys before `until` have a value."""
     ties = tl.zeros((), tl.int32)
     for first in range(0, many, HELD):
         i = first + tl.arange(0, HELD)
-        tie = (_orders(found, found_key, i, many) == value) & (_keys(found, found_key, i, many) < until)
+        tie = (_orders(found, found_key, i, many, TOP) == value) & (_keys(found, found_key, i, many) < until)
         ties += tl.sum((tie & (i < many)).to(tl.int32), axis=0)
     return ties
 
 
 @triton.jit
-def _find(found, found_key, many, topk, HELD: tl.constexpr):
+def _find(found, found_key, many, topk, TOP: tl.constexpr, HELD: tl.constexpr):
     """Return (order, key): the best topk of `many` places are above the order, or have it with a smaller key.
 
     The first HELD orders stay in registers; others are read again for each pivot.
     """
     i = tl.arange(0, HELD)
-    held = _orders(found, found_key, i, many)
+    held = _orders(found, found_key, i, many, TOP)
     # More than topk are above a, and at most topk above b.
     b = tl.max(held, axis=0)
     a = tl.min(tl.where(i < many, held, b), axis=0) - 1
     for first in range(HELD, many, HELD):
-        more = _orders(found, found_key, first + i, many)
+        more = _orders(found, found_key, first + i, many, TOP)
         b = tl.maximum(b, tl.max(more, axis=0))
         a = tl.minimum(a, tl.min(tl.where(first + i < many, more, b), axis=0) - 1)
     fewer = tl.zeros((), tl.int32)
@@ -59,7 +65,7 @@ def _find(found, found_key, many, topk, HELD: tl.constexpr):
         pivot = between(a, b)
         over = tl.sum((held > pivot).to(tl.int32), axis=0)
         for first in range(HELD, many, HELD):
-            over += tl.sum((_orders(found, found_key, first + i, many) > pivot).to(tl.int32), axis=0)
+            over += tl.sum((_orders(found, found_key, first + i, many, TOP) > pivot).to(tl.int32), axis=0)
         if over > topk:
             a = pivot
         else:
@@ -70,7 +76,7 @@ def _find(found, found_key, many, topk, HELD: tl.constexpr):
         last = tl.full((), 0x7FFFFFFF, tl.int32)
         while until + 1 < last:
             middle = between(until, last)
-            enough = fewer + _ties(found, found_key, many, b, middle, HELD) >= topk
+            enough = fewer + _ties(found, found_key, many, b, middle, TOP, HELD) >= topk
             last = tl.where(enough, middle, last)
             until = tl.where(enough, until, middle)
         until = last
@@ -78,12 +84,12 @@ def _find(found, found_key, many, topk, HELD: tl.constexpr):
 
 
 @triton.jit
-def _move(found, found_key, many, order_cut, key_cut, DEEP: tl.constexpr, WIDE: tl.constexpr):
-    """Move what is above a cut to the front, in no order."""
+def _move(found, found_key, many, order_cut, key_cut, TOP: tl.constexpr, DEEP: tl.constexpr, WIDE: tl.constexpr):
+    """Move what is above a cut to the front, as orders and in no order."""
     kept = tl.zeros((), tl.int32)
     for first in range(0, many, DEEP * WIDE):
         i = first + tl.arange(0, DEEP)[:, None] * WIDE + tl.arange(0, WIDE)[None, :]
-        order, key = _orders(found, found_key, i, many), _keys(found, found_key, i, many)
+        order, key = _orders(found, found_key, i, many, TOP), _keys(found, found_key, i, many)
         chosen = ((order > order_cut) | ((order == order_cut) & (key < key_cut))) & (i < many)
         place, moved = numbered(chosen)
         tl.debug_barrier()  # until all of the step is read: places never pass what was read
@@ -92,12 +98,22 @@ def _move(found, found_key, many, order_cut, key_cut, DEEP: tl.constexpr, WIDE: 
 
 
 @triton.jit
-def cut(found, found_key, many, topk, HELD: tl.constexpr, DEEP: tl.constexpr, WIDE: tl.constexpr):
-    """Move the best topk of `many` places of a row to its front, in no order; return how many there are."""
+def cut(
+    found,
+    found_key,
+    many,
+    topk,
+    TOP: tl.constexpr,
+    HELD: tl.constexpr,
+    DEEP: tl.constexpr,
+    WIDE: tl.constexpr,
+):
+    """Move the best topk of `many` places of a row to its front, as orders, in no order; return how many they are."""
+    order_cut, key_cut = _least(found_key), tl.zeros((), tl.int32)
     if many > topk:
-        order_cut, key_cut = _find(found, found_key, many, topk, HELD)
-        _move(found, found_key, many, order_cut, key_cut, DEEP, WIDE)
-        tl.debug_barrier()
+        order_cut, key_cut = _find(found, found_key, many, topk, TOP, HELD)
+    _move(found, found_key, many, order_cut, key_cut, TOP, DEEP, WIDE)
+    tl.debug_barrier()
     return tl.minimum(many, topk)
 
 
@@ -108,6 +124,7 @@ def cut_kernel(
     count,
     topk,
     capacity,
+    TOP: tl.constexpr,
     HELD: tl.constexpr,
     DEEP: tl.constexpr,
     WIDE: tl.constexpr,
@@ -116,6 +133,6 @@ def cut_kernel(
     line = tl.program_id(0).to(tl.int64)
     if found_key is not None:
         found_key += line * capacity
-    many = cut(found + line * capacity, found_key, tl.load(count + line), topk, HELD, DEEP, WIDE)
+    many = cut(found + line * capacity, found_key, tl.load(count + line), topk, TOP, HELD, DEEP, WIDE)
     tl.debug_barrier()
     tl.store(count + line, many)

@@ -3,8 +3,25 @@
 import triton
 import triton.language as tl
 
-from headfold.backends.triton.products import load_rows, number, product
+from headfold.backends.triton.products import load_rows, load_tile, number, product, tile_places
 from headfold.backends.triton.visible import row_bounds
+
+
+@triton.jit
+def _scores(
+    k1, k2, q1, q2, factor, head, scale,
+    RELU: tl.constexpr, H: tl.constexpr, HEADS: tl.constexpr, SECOND: tl.constexpr, ROWS: tl.constexpr,
+    KEYS: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
+    """Scores [KEYS, ROWS] of a tile of keys."""
+    logits = product(k1.to(q1.dtype), q1, tl.zeros((KEYS, ROWS * HEADS), ACC), PRECISION, ACC, UPCAST)
+    if SECOND > 0:
+        logits = product(k2.to(q1.dtype), q2, logits, PRECISION, ACC, UPCAST)
+    if RELU:
+        logits = tl.maximum(logits, 0.0, propagate_nan=tl.PropagateNan.ALL)
+    if HEADS != H:  # a padded head of zeros makes NaN of an infinite key
+        logits = tl.where((head < H)[None, :], logits, 0.0)
+    return tl.sum(tl.reshape(logits * factor[None, :], (KEYS, ROWS, HEADS)), 2) * number(scale, ACC, UPCAST)
 
 
 @triton.jit(do_not_specialize=["sq", "sk", "offset", "per_program"])
@@ -53,6 +70,7 @@ def score_slab(
     ROWS: tl.constexpr,
     KEYS: tl.constexpr,
     STAGES: tl.constexpr,
+    WHOLE: tl.constexpr,
     PRECISION: tl.constexpr,
     ACC: tl.constexpr,
     UPCAST: tl.constexpr,
@@ -62,7 +80,8 @@ def score_slab(
     ADD adds to those of other heads, which brought in the bias, instead.
 
     Logits are [KEYS, ROWS * HEADS]: with keys as the rows of the product, a sum over heads stays within four threads.
-    The queries stay in shared memory for all keys of the program.
+    The queries stay in shared memory for all keys of the program.   WHOLE: tiles of keys that
+    every row sees are read without asking which keys and rows those are; there is no bias then, and `is_near`.
     """
     # Under a causal bound the last rows see most keys: they start first.
     block = tl.num_programs(0) - 1 - tl.program_id(0)
@@ -108,19 +127,43 @@ def score_slab(
     else:
         factor = real.to(ACC)
 
-    for key in tl.range(seen_first, seen_last, KEYS, num_stages=STAGES):
-        t = key + step
-        there = k + batch * k_batch + t.to(tl.int64) * k_row
-        k1 = load_rows(there, t < sk, k_channel, 0, FIRST, FIRST if SECOND else D).to(q1.dtype)
-        logits = product(k1, q1, tl.zeros((KEYS, ROWS * HEADS), ACC), PRECISION, ACC, UPCAST)
+    if SECOND == 0:
+        q2 = q1
+    k += batch * k_batch
+    whole_first = seen_first
+    whole_last = seen_first
+    if WHOLE:
+        first = tl.cdiv(tl.maximum(tl.max(tl.where(inside, low, 0), 0), seen_first), KEYS) * KEYS
+        last = tl.minimum(tl.min(tl.where(inside, high, sk), 0), seen_last) // KEYS * KEYS
+        if first < last:
+            whole_first = first
+            whole_last = last
+        places1 = tile_places(step, k_row, k_channel, 0, FIRST)
         if SECOND > 0:
-            k2 = load_rows(there, t < sk, k_channel, FIRST, SECOND, D - FIRST).to(q1.dtype)
-            logits = product(k2, q2, logits, PRECISION, ACC, UPCAST)
-        if RELU:
-            logits = tl.maximum(logits, 0.0, propagate_nan=tl.PropagateNan.ALL)
-        if HEADS != H:  # a padded head of zeros makes NaN of an infinite key
-            logits = tl.where((head < H)[None, :], logits, 0.0)
-        scores = tl.sum(tl.reshape(logits * factor[None, :], (KEYS, ROWS, HEADS)), 2) * number(scale, ACC, UPCAST)
+            places2 = tile_places(step, k_row, k_channel, FIRST, SECOND)
+        for key in tl.range(whole_first, whole_last, KEYS, num_stages=STAGES):
+            tile = k + tl.cast(key, tl.int64) * k_row
+            k1 = load_tile(tile, places1, FIRST, FIRST if SECOND else D)
+            k2 = load_tile(tile, places2, SECOND, D - FIRST) if SECOND > 0 else k1
+            scores = _scores(
+                k1, k2, q1, q2, factor, head, scale, RELU, H, HEADS, SECOND, ROWS, KEYS, PRECISION, ACC, UPCAST
+            )
+            cells = here + (key + step).to(tl.int64)[:, None] * out_key
+            if ADD:
+                scores += tl.load(cells, mask=inside[None, :], other=0.0)
+            tl.store(cells, scores, mask=inside[None, :])
+
+    before = tl.cdiv(whole_first - seen_first, KEYS)
+    behind = tl.cdiv(seen_last - whole_last, KEYS)
+    for i in tl.range(0, before + behind, num_stages=STAGES):
+        key = tl.where(i < before, seen_first + i * KEYS, whole_last + (i - before) * KEYS)
+        t = key + step
+        there = k + t.to(tl.int64) * k_row
+        k1 = load_rows(there, t < sk, k_channel, 0, FIRST, FIRST if SECOND else D)
+        k2 = load_rows(there, t < sk, k_channel, FIRST, SECOND, D - FIRST) if SECOND > 0 else k1
+        scores = _scores(
+            k1, k2, q1, q2, factor, head, scale, RELU, H, HEADS, SECOND, ROWS, KEYS, PRECISION, ACC, UPCAST
+        )
         seen = (t[:, None] >= low[None, :]) & (t[:, None] < high[None, :])
         if bias is not None:
             column = bias + batch * bias_batch + row.to(tl.int64)[None, :] * bias_row

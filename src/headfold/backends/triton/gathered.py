@@ -12,6 +12,7 @@ import triton
 from torch import Tensor
 
 from headfold.backends.triton.gathered_kernels import query_gradients_of_picks, score_picks, spread_key_gradients
+from headfold.backends.triton.launch import launch
 from headfold.backends.triton.launches import Slab, empty, launch_fold, launch_key_sums
 from headfold.backends.triton.operands import options, streamed
 from headfold.backends.triton.picks import AllKeys, Picks, Ranges, Scatter, strides
@@ -56,7 +57,8 @@ def selected_scores(
         return out
     cut = _cut("selected_scores", q)
     grid = sq, triton.cdiv(topk, cut["BN"] * PICK_BLOCKS), b
-    score_picks[grid](
+    launch(
+        score_picks, grid,
         out, q, weights, k, indices, start, end, bias,
         sk, topk, offset or 0, scale,
         *q.stride(), *strides(weights, 3), *k.stride(), *indices.stride(),
@@ -92,7 +94,8 @@ def selected_scores_backward(
     arithmetic = {**options(q, scale), "RELU": relu}
     if dq is not None or dweights is not None:
         cut = _cut("selected_rows", q)
-        query_gradients_of_picks[(sq, triton.cdiv(q.shape[2], cut["BH"]), b)](
+        launch(
+            query_gradients_of_picks, (sq, triton.cdiv(q.shape[2], cut["BH"]), b),
             dq, dweights, g, q, weights, k, indices, start, end, bias,
             k.shape[1], topk, offset or 0, scale,
             *strides(dq, 4), *strides(dweights, 3), *g.stride(), *q.stride(), *strides(weights, 3), *k.stride(),
@@ -136,7 +139,8 @@ def _key_gradients(
             for slab in blocks(block[1] - block[0], walk.rows):
                 rows = slice(*slab)
                 for span in blocks(walk.topk, walk.span):
-                    spread_key_gradients[(slab[1] - slab[0], triton.cdiv(span[1] - span[0], cut["BN"]))](
+                    launch(
+                        spread_key_gradients, (slab[1] - slab[0], triton.cdiv(span[1] - span[0], cut["BN"])),
                         spread, picks.picks[rows], picks.sums[rows],
                         None if picks.largest is None else picks.largest[rows],
                         q[i], w, k[i], block[0] + slab[0], *span, walk.topk, walk.span,

@@ -14,19 +14,24 @@ import triton.language as tl
 
 from headfold.backends.triton.visible import row_bounds
 
-# Deviations of the sample's count that the pivot lies below the cut; a wrong sample costs time only.
-DEVIATIONS = tl.constexpr(3.5)
+# Deviations of the sample's count that the pivot lies below the cut, where there is room to keep so many; a wrong
+# sample costs time only.
+DEVIATIONS = tl.constexpr(4.5)
 
 
 @triton.jit
-def ordered(x, TOP: tl.constexpr):
-    """Return signed integers of x's width in the order of x: -0.0 is 0, and NaN of either sign is TOP."""
-    if x.dtype.primitive_bitwidth == 64:
-        bits = x.to(tl.int64, bitcast=True)
+def bits_of(x):
+    """Return a float's bits, as a signed integer of its width."""
+    return x.to(tl.int64, bitcast=True) if x.dtype.primitive_bitwidth == 64 else x.to(tl.int32, bitcast=True)
+
+
+@triton.jit
+def ordered(bits, TOP: tl.constexpr):
+    """Return signed integers in the order of the floats that have these bits: -0.0 is 0, NaN of either sign is TOP."""
+    if bits.dtype.primitive_bitwidth == 64:
         order = bits ^ ((bits >> 63) & 0x7FFFFFFFFFFFFFFF)
         nan = (bits & 0x7FFFFFFFFFFFFFFF) > 0x7FF0000000000000
     else:
-        bits = x.to(tl.int32, bitcast=True)
         order = bits ^ ((bits >> 31) & 0x7FFFFFFF)
         nan = (bits & 0x7FFFFFFF) > 0x7F800000
     order = tl.where(order == -1, 0, order)  # only -0.0 is -1
@@ -53,7 +58,7 @@ def between(low, high):
 
 @triton.jit
 def packed(order, key):
-    """Return int32 order and key as one int64 that has the total order: ties go to the smaller key."""
+    """Return an int32 and a key as one int64. Of an order, it has the total order: ties go to the smaller key."""
     return (order.to(tl.int64) << 32) | (key ^ 0x7FFFFFFF).to(tl.int64)
 
 
@@ -65,7 +70,7 @@ def key_of(both):
 
 @triton.jit
 def put(found, found_key, at, order, key, mask):
-    """Write orders and keys to places of a row: together where one int64 holds both, else to two arrays.
+    """Write orders (or bits) and keys to places of a row: in one int64 that holds both, else to two arrays.
 
     found, found_key: the start of what is kept of a row, of one or of each.
     """
@@ -89,19 +94,28 @@ def numbered(chosen):
 
 
 @triton.jit
-def _step(scores, first, high, TOP: tl.constexpr, DEEP: tl.constexpr, WIDE: tl.constexpr):
-    """Return DEEP · WIDE keys of a row and their order, that of -inf from `high` on."""
-    t = first + tl.arange(0, DEEP)[:, None] * WIDE + tl.arange(0, WIDE)[None, :]
-    return t, ordered(tl.load(scores + t, mask=t < high, other=float("-inf")), TOP)
+def _keys(first, DEEP: tl.constexpr, WIDE: tl.constexpr):
+    """Return the DEEP · WIDE keys of a step of a walk."""
+    return first + tl.arange(0, DEEP)[:, None] * WIDE + tl.arange(0, WIDE)[None, :]
 
 
 @triton.jit
-def _pivot(scores, low, n, topk, BOTTOM: tl.constexpr, TOP: tl.constexpr, ORDER: tl.constexpr, SAMPLE: tl.constexpr):
-    """Return a pivot, from an even sample of the row, above which its best topk probably lie."""
+def _orders(scores, t, high, TOP: tl.constexpr):
+    """Return the order of keys of a row, that of -inf from `high` on."""
+    return ordered(bits_of(tl.load(scores + t, mask=t < high, other=float("-inf"))), TOP)
+
+
+@triton.jit
+def _pivot(
+    scores, low, n, topk, capacity,
+    BOTTOM: tl.constexpr, TOP: tl.constexpr, ORDER: tl.constexpr, SAMPLE: tl.constexpr,
+):  # fmt: skip
+    """Return a pivot, from an even sample of the row, above which probably lie topk keys and at most capacity."""
     i = tl.arange(0, SAMPLE).to(tl.int64)
-    order = ordered(tl.load(scores + low + i * n // SAMPLE), TOP)
+    order = ordered(bits_of(tl.load(scores + low + i * n // SAMPLE)), TOP)
     share = topk.to(tl.float32) / n.to(tl.float32)
-    apart = DEVIATIONS * tl.sqrt(SAMPLE * share * (1 - share)) + 2
+    spare = (capacity - topk).to(tl.float32) / n.to(tl.float32) * SAMPLE / 2
+    apart = tl.minimum(DEVIATIONS * tl.sqrt(SAMPLE * share * (1 - share)) + 2, spare)
     least = tl.ceil(SAMPLE * share + apart).to(tl.int32)
     a, high = tl.full((), BOTTOM, ORDER), tl.full((), TOP, ORDER)
     if least > SAMPLE:
@@ -113,6 +127,24 @@ def _pivot(scores, low, n, topk, BOTTOM: tl.constexpr, TOP: tl.constexpr, ORDER:
         high = tl.where(above < least, middle, tl.where(above == least, middle + 1, high))
         a = tl.where(above < least, a, middle)
     return a
+
+
+@triton.jit
+def _keep(found, found_key, t, x, a, until, kept, capacity, TIES: tl.constexpr, TOP: tl.constexpr):
+    """Keep of keys t with scores x those above a and, with TIES, those that are a and before `until`.
+
+    Return how many were meant to be kept so far; there may be no room for so many, and then this step keeps none.
+    """
+    if TIES:
+        order = ordered(bits_of(x), TOP)
+        chosen = (order > a) | ((order == a) & (t < until))
+    else:
+        # Nothing has the order -1, which would be -0.0 and equal to what is above it. NaN is chosen.
+        chosen = ~(x <= scores_of(tl.where(a == -1, -2, a), TOP))
+    place, many = numbered(chosen)
+    if kept + many <= capacity:
+        put(found, found_key, kept + place, bits_of(x), t, chosen)
+    return kept + many
 
 
 @triton.jit
@@ -133,14 +165,9 @@ def _walk(
     """Keep what is above a and, with TIES, keys before `until` of what is a; return how many those are."""
     kept = tl.zeros((), tl.int32)
     for first in range(low, high, DEEP * WIDE):
-        t, order = _step(scores, first, high, TOP, DEEP, WIDE)
-        chosen = order > a
-        if TIES:
-            chosen = chosen | ((order == a) & (t < until))
-        place, many = numbered(chosen)
-        at = kept + place
-        put(found, found_key, at, order, t, chosen & (at < capacity))
-        kept += many
+        t = _keys(first, DEEP, WIDE)
+        x = tl.load(scores + t, mask=t < high, other=float("-inf"))
+        kept = _keep(found, found_key, t, x, a, until, kept, capacity, TIES, TOP)
     return kept
 
 
@@ -149,7 +176,7 @@ def _above(scores, low, high, pivot, TOP: tl.constexpr, DEEP: tl.constexpr, WIDE
     """Return how many keys of a row are above a pivot."""
     above = tl.zeros((), tl.int32)
     for first in range(low, high, DEEP * WIDE):
-        _, order = _step(scores, first, high, TOP, DEEP, WIDE)
+        order = _orders(scores, _keys(first, DEEP, WIDE), high, TOP)
         above += tl.sum(tl.sum((order > pivot).to(tl.int32), axis=0), axis=0)
     return above
 
@@ -159,7 +186,7 @@ def _ties(scores, low, value, until, TOP: tl.constexpr, DEEP: tl.constexpr, WIDE
     """Return how many keys before `until` have a value."""
     ties = tl.zeros((), tl.int32)
     for first in range(low, until, DEEP * WIDE):
-        _, order = _step(scores, first, until, TOP, DEEP, WIDE)
+        order = _orders(scores, _keys(first, DEEP, WIDE), until, TOP)
         ties += tl.sum(tl.sum((order == value).to(tl.int32), axis=0), axis=0)
     return ties
 
@@ -194,8 +221,8 @@ def keep_kernel(
 ):
     """Keep at least the best topk keys of a row that score above -inf, and at most capacity, in no order.
 
-    found: [lines, capacity], int64 of order and key, or orders alone with found_key beside them. Rows of all batches
-    are lines from `first_line` on; capacity is at least topk.   count: int32 [lines], how many are kept.
+    found: [lines, capacity], int64 of a score's bits and key, or bits alone with found_key beside them. Rows of all
+    batches are lines from `first_line` on; capacity is at least topk.   count: int32 [lines], how many are kept.
     """
     row, batch = tl.program_id(0), tl.program_id(1).to(tl.int64)
     line = first_line + batch * tl.num_programs(0) + row
@@ -214,7 +241,7 @@ def keep_kernel(
 
     a = tl.full((), BOTTOM, ORDER)
     if n > capacity:
-        a = _pivot(scores, low, n, topk, BOTTOM, TOP, ORDER, SAMPLE)
+        a = _pivot(scores, low, n, topk, capacity, BOTTOM, TOP, ORDER, SAMPLE)
     kept = _walk(scores, found, found_key, low, high, a, low, capacity, False, TOP, DEEP, WIDE)
 
     short = (kept < topk) & (a > BOTTOM)
@@ -242,4 +269,4 @@ def keep_kernel(
             until = last
         tl.debug_barrier()
         kept = _walk(scores, found, found_key, low, high, a, until, capacity, True, TOP, DEEP, WIDE)
-    tl.store(count + line, tl.minimum(kept, capacity))
+    tl.store(count + line, kept)

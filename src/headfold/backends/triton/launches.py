@@ -11,7 +11,8 @@ from torch import Tensor
 from headfold.backends.triton.backward import key_gradients, query_gradients
 from headfold.backends.triton.folding import fold_heads, unfold_heads
 from headfold.backends.triton.forward import score_slab
-from headfold.backends.triton.products import ACCUMULATORS, pieces, precision
+from headfold.backends.triton.launch import launch
+from headfold.backends.triton.products import ACCUMULATORS, is_near, pieces, precision
 from headfold.backends.triton.table import Row, arch_of, tile
 from headfold.backends.triton.visible import bias_strides, bound_strides, rows_of
 from headfold.contract import compute_dtype
@@ -136,7 +137,9 @@ def launch_scores(out: Tensor, slab: Slab, *, relu: bool, add: bool = False) -> 
     per_program = cdiv(cdiv(sk, shares), row.keys) * row.keys
     strides = *out.stride(), *slab.strides()
     grid = rows, b, cdiv(sk, per_program)
-    score_slab[grid](out, *slab.arguments(), per_program, slab.scale, *strides, ADD=add, **constants)
+    whole = slab.bias is None and is_near(slab.k, row.keys)
+    arguments = *slab.arguments(), per_program, slab.scale, *strides
+    launch(score_slab, grid, out, *arguments, ADD=add, WHOLE=whole, **constants)
 
 
 def launch_query_gradients(dq: Tensor | None, dweights: Tensor | None, g: Tensor, slab: Slab, *, relu: bool) -> None:
@@ -144,10 +147,11 @@ def launch_query_gradients(dq: Tensor | None, dweights: Tensor | None, g: Tensor
     b, sq = slab.q.shape[:2]
     if b * sq == 0 or (dq is None and dweights is None):
         return
-    constants = slab.constants(slab.row("query_gradients"), relu)
+    row = slab.row("query_gradients")
+    constants = {**slab.constants(row, relu), "EVEN": slab.k.shape[1] % row.keys == 0 and is_near(slab.k, row.keys)}
     strides = *strides_of(dq, 4), *strides_of(dweights, 3), *g.stride(), *slab.strides()
     grid = cdiv(sq, constants["ROWS"]), b
-    query_gradients[grid](dq, dweights, g, *slab.arguments(), slab.scale, *strides, WIDE=slab.wide, **constants)
+    launch(query_gradients, grid, dq, dweights, g, *slab.arguments(), slab.scale, *strides, WIDE=slab.wide, **constants)
 
 
 def launch_key_gradients(dk: Tensor, g: Tensor, slab: Slab, *, relu: bool, add: bool, parts: int) -> None:
@@ -175,7 +179,7 @@ def launch_key_sums(
     strides = *sums.stride(), *g.stride(), *slab.strides()
     parts, b, sk, _ = sums.shape
     grid = cdiv(sk, row.keys), b, parts
-    key_gradients[grid](sums, g, broken, *slab.arguments(), slab.scale, *strides, **constants)
+    launch(key_gradients, grid, sums, g, broken, *slab.arguments(), slab.scale, *strides, **constants)
 
 
 def launch_fold(out: Tensor, q: Tensor, weights: Tensor | None) -> None:
@@ -184,7 +188,7 @@ def launch_fold(out: Tensor, q: Tensor, weights: Tensor | None) -> None:
     if b * sq > 0:
         constants = _fold_constants(q)
         strides = *out.stride()[:2], *q.stride(), *strides_of(weights, 3)
-        fold_heads[(cdiv(sq, constants["ROWS"]), b)](out, q, weights, sq, *strides, **constants)
+        launch(fold_heads, (cdiv(sq, constants["ROWS"]), b), out, q, weights, sq, *strides, **constants)
 
 
 def launch_unfold(dq: Tensor | None, dweights: Tensor | None, u: Tensor, q: Tensor, weights: Tensor | None) -> None:
@@ -194,7 +198,7 @@ def launch_unfold(dq: Tensor | None, dweights: Tensor | None, u: Tensor, q: Tens
         constants = _fold_constants(q)
         strides = *strides_of(dq, 4), *strides_of(dweights, 3), *u.stride()[:2], *q.stride(), *strides_of(weights, 3)
         grid = cdiv(sq, constants["ROWS"]), b
-        unfold_heads[grid](dq, dweights, u, q, weights, sq, *strides, **constants)
+        launch(unfold_heads, grid, dq, dweights, u, q, weights, sq, *strides, **constants)
 
 
 def empty(like: Tensor, *shape: int) -> Tensor:

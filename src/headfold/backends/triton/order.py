@@ -28,38 +28,9 @@ def _write(packed, indices, scores, j, topk, TOP: tl.constexpr):
         tl.store(scores + j, score, mask=j < topk)
 
 
-# Were rows known to be aligned, a thread would take several neighbours, and neighbours would lie on fewer threads.
-@triton.jit(do_not_specialize=["topk", "capacity", "indices_batch", "indices_row", "scores_batch", "scores_row"])
-def order_kernel(
-    found,
-    count,
-    indices,
-    scores,
-    topk,
-    capacity,
-    indices_batch,
-    indices_row,
-    scores_batch,
-    scores_row,
-    TOP: tl.constexpr,
-    LOG: tl.constexpr,
-    LANES: tl.constexpr,
-    CHUNK: tl.constexpr,
-    HELD: tl.constexpr,
-    DEEP: tl.constexpr,
-    WIDE: tl.constexpr,
-):
-    """Write the best topk of what was kept of a row in order; topk is at most 2 ** LOG.
-
-    found, count: as `cut_kernel` takes them. Until they are right, the row's indices hold places in found.
-    """
-    row, batch = tl.program_id(0), tl.program_id(2).to(tl.int64)
-    line = batch * tl.num_programs(0) + row
-    found += line * capacity
-    indices += batch * indices_batch + row.to(tl.int64) * indices_row
-    if scores is not None:
-        scores += batch * scores_batch + row.to(tl.int64) * scores_row
-    many = cut(found, None, tl.load(count + line), topk, HELD, DEEP, WIDE)
+@triton.jit
+def _put_in_order(found, indices, many, LOG: tl.constexpr, LANES: tl.constexpr, CHUNK: tl.constexpr):
+    """Write the places of the first `many` of a row of found to its indices, the best first."""
     e = tl.arange(0, 1 << LOG)
     kept = tl.load(found + e, mask=e < many, other=0)
     place = places_by((kept >> 32).to(tl.int32), e < many, LOG, LANES)
@@ -81,9 +52,45 @@ def order_kernel(
                 swaps += tl.sum(wrong.to(tl.int32), axis=0)
             tl.debug_barrier()
 
+
+# Were rows known to be aligned, a thread would take several neighbours, and neighbours would lie on fewer threads.
+@triton.jit(do_not_specialize=["topk", "capacity", "indices_batch", "indices_row", "scores_batch", "scores_row"])
+def order_kernel(
+    found,
+    count,
+    indices,
+    scores,
+    topk,
+    capacity,
+    indices_batch,
+    indices_row,
+    scores_batch,
+    scores_row,
+    TOP: tl.constexpr,
+    IN_ORDER: tl.constexpr,
+    LOG: tl.constexpr,
+    LANES: tl.constexpr,
+    CHUNK: tl.constexpr,
+    HELD: tl.constexpr,
+    DEEP: tl.constexpr,
+    WIDE: tl.constexpr,
+):
+    """Write the best topk of what was kept of a row, IN_ORDER if asked: topk is then at most 2 ** LOG.
+
+    found, count: as `cut_kernel` takes them. While it is put in order, the row's indices hold places in found.
+    """
+    row, batch = tl.program_id(0), tl.program_id(2).to(tl.int64)
+    line = batch * tl.num_programs(0) + row
+    found += line * capacity
+    indices += batch * indices_batch + row.to(tl.int64) * indices_row
+    if scores is not None:
+        scores += batch * scores_batch + row.to(tl.int64) * scores_row
+    many = cut(found, None, tl.load(count + line), topk, TOP, HELD, DEEP, WIDE)
+    if IN_ORDER:
+        _put_in_order(found, indices, many, LOG, LANES, CHUNK)
     for first in range(0, topk, CHUNK):
         j = first + tl.arange(0, CHUNK)
-        best = tl.load(indices + j, mask=j < many, other=0)
+        best = tl.load(indices + j, mask=j < many, other=0) if IN_ORDER else j
         _write(tl.load(found + best, mask=j < many, other=NOTHING), indices, scores, j, topk, TOP)
 
 

@@ -16,6 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from headfold.backends.triton.launch import launch
 from headfold.backends.triton.operands import factor
 from headfold.backends.triton.visible import bias_strides, bound_strides, row_bounds
 from headfold.scatter_tiles import DenseTile, ScatterTile
@@ -307,7 +308,8 @@ def _settle_rows(
 ) -> None:
     start, end, bias, offset, ratio = ranges
     double = g is not None and any(x is not None and x.dtype == torch.float64 for x in outputs)
-    _settle[(row[1] - row[0],)](
+    launch(
+        _settle, (row[1] - row[0],),
         *outputs, indices, g, q, weights, start, end, bias,
         row[0], indices.shape[1], sk, indices.shape[2], outputs[-1].shape[1], offset or 0, scale,
         *indices.stride(), *strides(g, 3), *strides(q, 4), *strides(weights, 3),
@@ -328,7 +330,8 @@ class Scatter:
 
     def rank(self, picks: Picks, rows: int) -> None:
         """Note where the keys of settled rows stand in their picks."""
-        _rank[(rows,)](
+        launch(
+            _rank, (rows,),
             self.places, self.before, picks.picks, picks.bitmap, self.tile.topk, self.tile.words,
             BLOCK=BLOCK, num_warps=4,
         )  # fmt: skip
@@ -339,7 +342,8 @@ class Scatter:
         """Add spread [rows, heads, span, d] of a slab to total [heads, sk, d], dense in its last axis."""
         heads, sk, width = total.shape
         channels, first = min(CHANNELS, max(16, triton.next_power_of_2(width))), slab[0]
-        _collect[(self.tile.words, triton.cdiv(width, channels), heads)](
+        launch(
+            _collect, (self.tile.words, triton.cdiv(width, channels), heads),
             total, spread, picks.bitmap[first:], self.before[first:], self.places[first:],
             slab[1] - first, *span, sk, self.tile.topk, self.tile.words, self.tile.span, *total.stride()[:2],
             WIDTH=width, CHANNELS=channels, num_warps=4,

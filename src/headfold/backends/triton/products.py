@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 ACCUMULATORS = {torch.float32: tl.float32, torch.float64: tl.float64}
 NARROWEST = 16  # a matrix instruction's own
@@ -72,3 +73,25 @@ def load_rows(places, inside, channel_stride, first: tl.constexpr, PIECE: tl.con
     if PIECE > WIDTH:
         mask = mask & (channel < WIDTH)[None, :]
     return tl.load(places[:, None] + (first + channel)[None, :] * channel_stride, mask=mask, other=0.0)
+
+
+@triton.jit
+def tile_places(rows, row_stride, channel_stride, first: tl.constexpr, PIECE: tl.constexpr):
+    """Return where [rows, PIECE] lie from channel `first` of row 0 on: made once for many tiles, if it `is_near`."""
+    return rows[:, None] * row_stride + (first + tl.arange(0, PIECE))[None, :] * channel_stride
+
+
+@triton.jit
+def load_tile(tile, places, PIECE: tl.constexpr, WIDTH: tl.constexpr):
+    """Load places of a tile, all of whose rows exist; zeros past WIDTH channels."""
+    if PIECE > WIDTH:
+        x = tl.load(tile + places, mask=(tl.arange(0, PIECE) < WIDTH)[None, :], other=0.0)
+    else:
+        x = tl.load(tile + places)
+    return x
+
+
+def is_near(x: Tensor, rows: int) -> bool:
+    """Whether the places of a tile of so many rows of x [..., d] are 32-bit integers, and few enough to be held."""
+    *_, row, channel = x.stride()
+    return x.dtype.itemsize == 2 and bool(rows * row + triton.next_power_of_2(x.shape[-1]) * channel < 2**31)

@@ -63,7 +63,15 @@ def score_specimen(
     half = dtype == "float16"
     # What a launch passes, so that what is compiled here is what runs.
     launched = constants_of(row, 1, True, True, h, d, "tf32" if half else "ieee", compute, False)
-    constants: dict[str, Any] = {**dict.fromkeys(DENSE, 1), **launched, "ADD": marked, "SCAN": 256, "WIDE": half}
+    constants: dict[str, Any] = {
+        **dict.fromkeys(DENSE, 1),
+        **launched,
+        "ADD": marked,
+        "SCAN": 256,
+        "WIDE": half,
+        "WHOLE": row.dtype == "half" and not biased,
+        "EVEN": row.dtype == "half" and not ranged,
+    }
     types = {"scale": "fp64", "sq": "i32", "sk": "i32", "offset": "i32", "per_program": "i32"}
     types |= dict.fromkeys(("q", "k", "weights", "dq", "dweights", "dk"), POINTERS[dtype])
     types |= {name: POINTERS[str(compute).removeprefix("torch.")] for name in ("out", "g", "bias")}

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from headfold.backends.triton.cut import cut_kernel
 from headfold.backends.triton.keep import keep_kernel
+from headfold.backends.triton.launch import launch
 from headfold.backends.triton.order import count_kernel, merge_kernel, order_kernel, write_kernel
 from headfold.backends.triton.table import arch_of
 from headfold.backends.triton.visible import bound_strides
@@ -20,7 +21,8 @@ class Row(NamedTuple):
     """Sizes of the selecting kernels for rows of up to `sk` keys.
 
     deep, sample: keys that a thread takes in one step of a walk, and keys of the sample.   warps, order_warps: of the
-    launches.   pairs: kept keys that one program of `count_kernel` compares with as many others.
+    programs that keep rows, and that sort them whole.   pairs: kept keys that one program of `count_kernel` compares
+    with as many others.
     """
 
     arch: str
@@ -33,14 +35,15 @@ class Row(NamedTuple):
 
 
 ANY = 1 << 31
-WRITE_WARPS = 4
+# Of programs that cut rows, sort their parts and write them.
+PART_WARPS = 4
 # Orders that stay in registers while a row is cut, and what a thread then takes in one step of moving them.
 HELD, MOVED = 4096, 8
 # The sample grows where more keys lie above its pivot than may be kept.
 TILES = (
     Row("cpu", ANY, 8, 64, 1, 1, 32),
     Row("*", 2048, 8, 256, 4, 4, 64),
-    Row("*", 32768, 16, 1024, 4, 4, 64),
+    Row("*", 32768, 16, 2048, 4, 4, 64),
     Row("*", 65536, 8, 4096, 8, 4, 64),
     Row("*", ANY, 8, 4096, 16, 4, 64),
 )
@@ -96,7 +99,7 @@ def select(
     slab's dtype, or None.   The rest is as of `keep`.
     """
     keep(slab, start, end, offset, ratio, scratch, 0)
-    order(indices, scores, slab.dtype, scratch)
+    finish(indices, scores, slab.dtype, scratch)
 
 
 def keep(
@@ -119,7 +122,9 @@ def keep(
     if b * rows * plan.topk == 0:
         return
     with torch.cuda.device_of(slab):
-        keep_kernel[(rows, b)](
+        launch(
+            keep_kernel,
+            (rows, b),
             slab,
             start,
             end,
@@ -147,42 +152,56 @@ def keep(
         )
 
 
-def order(indices: Tensor, scores: Tensor | None, dtype: torch.dtype, scratch: Scratch) -> None:
-    """Write the first b · rows lines of the scratch, kept from scores of `dtype`, in order: results as of `select`."""
+def finish(
+    indices: Tensor, scores: Tensor | None, dtype: torch.dtype, scratch: Scratch, *, in_order: bool = True
+) -> None:
+    """Cut the first b · rows lines of the scratch, kept from scores of `dtype`, and write them: results as of `select`.
+
+    in_order: whether they have to be in the total order; float64 scores are, whether or not.
+    """
     if indices.numel() == 0:
         return
     with torch.cuda.device_of(indices):
-        _order(indices, scores, ORDERS[dtype].top, scratch)
+        _finish(indices, scores, ORDERS[dtype].top, scratch, in_order)
 
 
-def _order(indices: Tensor, scores: Tensor | None, top: int, scratch: Scratch) -> None:
+def _finish(indices: Tensor, scores: Tensor | None, top: int, scratch: Scratch, in_order: bool) -> None:
     plan, tile = scratch.plan, row_of(arch_of(indices.device), 1)
     b, rows, topk = indices.shape
     strides = *indices.stride()[:2], *((0, 0) if scores is None else scores.stride()[:2])
     results = indices, scores, topk
-    cutting, warps = cut_constants(plan, tile), tile.order_warps
-    if plan.size == 4 and plan.blocks == 2:
-        constants = {"TOP": top, **network(plan.block, warps), **cutting}
-        order_kernel[(rows, 1, b)](
-            scratch.found, scratch.count, *results, plan.capacity, *strides, **constants, num_warps=warps
+    if plan.size == 4 and (plan.blocks == 2 or not in_order):
+        warps = tile.order_warps
+        constants = {"TOP": top, "IN_ORDER": in_order, **network(plan.block, warps), **cut_constants(plan, warps)}
+        launch(
+            order_kernel,
+            (rows, 1, b),
+            scratch.found,
+            scratch.count,
+            *results,
+            plan.capacity,
+            *strides,
+            **constants,
+            num_warps=warps,
         )
         return
     kept = scratch.found, scratch.found_key, scratch.count
-    cut_kernel[(b * rows,)](*kept, topk, plan.capacity, **cutting, num_warps=warps)
+    cutting = {"TOP": top, **cut_constants(plan, PART_WARPS), "num_warps": PART_WARPS}
+    launch(cut_kernel, (b * rows,), *kept, topk, plan.capacity, **cutting)
     if plan.size == 8:
         grid = rows, cdiv(topk, tile.pairs), b
-        constants = {"TOP": top, "BLOCK": tile.pairs, "num_warps": WRITE_WARPS}
-        count_kernel[grid](*kept, *results, plan.capacity, *strides, **constants)
+        constants = {"TOP": top, "BLOCK": tile.pairs, "num_warps": PART_WARPS}
+        launch(count_kernel, grid, *kept, *results, plan.capacity, *strides, **constants)
         return
     for period, apart in rounds(plan.blocks):
         first = period == 1
         grid = rows, plan.blocks // 2 if first else plan.blocks - apart, b
-        constants = {"BLOCK": plan.block, "FIRST": first, "num_warps": warps}
+        constants = {"BLOCK": plan.block, "FIRST": first, "num_warps": PART_WARPS}
         run = plan.capacity, plan.blocks, period, apart
-        merge_kernel[grid](scratch.found, scratch.count, scratch.packed, *run, **constants)
+        launch(merge_kernel, grid, scratch.found, scratch.count, scratch.packed, *run, **constants)
     grid = rows, cdiv(topk, plan.block), b
-    constants = {"TOP": top, "STEP": plan.block, "num_warps": WRITE_WARPS}
-    write_kernel[grid](scratch.packed, *results, plan.blocks * plan.block, *strides, **constants)
+    constants = {"TOP": top, "STEP": plan.block, "num_warps": PART_WARPS}
+    launch(write_kernel, grid, scratch.packed, *results, plan.blocks * plan.block, *strides, **constants)
 
 
 def network(block: int, warps: int) -> dict[str, int]:
@@ -192,9 +211,9 @@ def network(block: int, warps: int) -> dict[str, int]:
     return {"LOG": log, "LANES": lanes, "CHUNK": min(2 * block, 256 * warps)}
 
 
-def cut_constants(plan: Kept, tile: Row) -> dict[str, int]:
+def cut_constants(plan: Kept, warps: int) -> dict[str, int]:
     """Return the constants of a cut."""
-    return {"HELD": min(HELD, power_of_two(plan.capacity)), "DEEP": MOVED, "WIDE": 32 * tile.order_warps}
+    return {"HELD": min(HELD, power_of_two(plan.capacity)), "DEEP": MOVED, "WIDE": 32 * warps}
 
 
 def rounds(blocks: int) -> list[tuple[int, int]]:

@@ -11,7 +11,7 @@ from headfold.backends.triton.compiling import Specimen
 from headfold.backends.triton.cut import cut_kernel
 from headfold.backends.triton.keep import keep_kernel
 from headfold.backends.triton.order import count_kernel, merge_kernel, order_kernel, write_kernel
-from headfold.backends.triton.select import ORDERS, TILES, WRITE_WARPS, Row, cut_constants, network, row_of
+from headfold.backends.triton.select import ORDERS, PART_WARPS, TILES, Row, cut_constants, network, row_of
 from headfold.triton_tiles import Kept
 
 POINTERS = {torch.float32: "*fp32:16", torch.float64: "*fp64:16"}
@@ -35,9 +35,8 @@ def specimens(arch: str) -> Iterator[Specimen]:
     for row in rows:
         yield _keep(row, torch.float64, ranged=True)
     plan = Kept.of(1, 4096, 2048, 8)
-    constants = cut_constants(plan, rows[0])
-    yield _specimen("cut float64", cut_kernel, torch.float64, constants, rows[0].order_warps)
-    yield _specimen("order by counting", count_kernel, torch.float64, {"BLOCK": rows[0].pairs}, WRITE_WARPS)
+    yield _specimen("cut float64", cut_kernel, torch.float64, cut_constants(plan, PART_WARPS), PART_WARPS)
+    yield _specimen("order by counting", count_kernel, torch.float64, {"BLOCK": rows[0].pairs}, PART_WARPS)
 
 
 def _keep(row: Row, dtype: torch.dtype, *, ranged: bool) -> Specimen:
@@ -63,15 +62,17 @@ def _sort(row: Row, width: int) -> Iterator[Specimen]:
     plan = Kept.of(1, 2 * width, width, 4)
     label = f"order topk={width}"
     if plan.blocks == 2:
-        sorting = {**network(plan.block, row.order_warps), **cut_constants(plan, row)}
-        yield _specimen(label, order_kernel, torch.float32, sorting, row.order_warps)
+        sorting: dict[str, Any] = {**network(plan.block, row.order_warps), **cut_constants(plan, row.order_warps)}
+        for in_order in (True, False):
+            name = label + ("" if in_order else " unsorted")
+            yield _specimen(name, order_kernel, torch.float32, {**sorting, "IN_ORDER": in_order}, row.order_warps)
         return
-    constants: dict[str, Any] = {"found_key": None, **cut_constants(plan, row)}
-    yield _specimen(f"cut topk={width}", cut_kernel, torch.float32, constants, row.order_warps)
+    constants: dict[str, Any] = {"found_key": None, **cut_constants(plan, PART_WARPS)}
+    yield _specimen(f"cut topk={width}", cut_kernel, torch.float32, constants, PART_WARPS)
     for first in (True, False):
         name = label + ("" if first else " merge")
-        yield _specimen(name, merge_kernel, torch.float32, {"BLOCK": plan.block, "FIRST": first}, row.order_warps)
-    yield _specimen(f"write topk={width}", write_kernel, torch.float32, {"STEP": plan.block}, WRITE_WARPS)
+        yield _specimen(name, merge_kernel, torch.float32, {"BLOCK": plan.block, "FIRST": first}, PART_WARPS)
+    yield _specimen(f"write topk={width}", write_kernel, torch.float32, {"STEP": plan.block}, PART_WARPS)
 
 
 def _specimen(label: str, kernel: Any, dtype: torch.dtype, constants: dict[str, Any], warps: int) -> Specimen:

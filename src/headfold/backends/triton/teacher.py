@@ -17,6 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from headfold.backends.triton.compare import bounds_of
+from headfold.backends.triton.launch import launch
 from headfold.backends.triton.products import ACCUMULATORS, precision
 from headfold.backends.triton.table import arch_of, tile
 from headfold.backends.triton.visible import bound_strides
@@ -284,7 +285,9 @@ def fill_mass(
         **arithmetic(query.dtype, mass.dtype),
     }
     seen = marks, start, end, rows, n, width
-    sums_kernel[(triton.cdiv(rows, first.rows) * np * b * splits,)](
+    launch(
+        sums_kernel,
+        (triton.cdiv(rows, first.rows) * np * b * splits,),
         stats,
         query,
         key,
@@ -301,8 +304,10 @@ def fill_mass(
         num_stages=first.stages,
     )
     if splits > 1:
-        join_kernel[(triton.cdiv(count, JOINED),)](stats, splits, count, BLOCK=JOINED)
-    mass_kernel[(triton.cdiv(width, second.keys) * triton.cdiv(rows, second.rows) * b,)](
+        launch(join_kernel, (triton.cdiv(count, JOINED),), stats, splits, count, BLOCK=JOINED)
+    launch(
+        mass_kernel,
+        (triton.cdiv(width, second.keys) * triton.cdiv(rows, second.rows) * b,),
         mass,
         stats,
         query,

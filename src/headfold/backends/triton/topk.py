@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from headfold.backends.triton.scores import fill_scores
-from headfold.backends.triton.select import Scratch, keep, order
+from headfold.backends.triton.select import Scratch, finish, keep
 from headfold.contract import compute_dtype
 from headfold.triton_tiles import Slab, SlabSelection, padded
 
@@ -39,8 +39,9 @@ def index_topk(
     with_scores: bool,
     index_dtype: torch.dtype,
     workspace: int,
+    in_order: bool = True,
 ) -> tuple[Tensor, Tensor | None]:
-    """Indices [b, sq, topk] of a checked, batch-first call in the total order, and their scores if asked for."""
+    """Indices [b, sq, topk] of a checked, batch-first call and their scores if asked for, in the total order or any."""
     b, sq, sk = q.shape[0], q.shape[1], k.shape[1]
     dtype = compute_dtype(q.dtype)
     indices = torch.full((b, sq, topk), -1, dtype=index_dtype, device=q.device)
@@ -51,12 +52,12 @@ def index_topk(
     buffer = torch.empty(plan.elements, dtype=dtype, device=q.device)
     scratch = Scratch(plan.kept, q.device)
     every = [x if x is None else x.view(1, b * sq, topk)[..., : plan.kept.topk] for x in (indices, scores)]
-    first, line = 0, 0  # rows [first, line) of the call, counted over batches, are kept and not yet sorted
+    first, line = 0, 0  # rows [first, line) of the call, counted over batches, are kept and not yet finished
     for part in _slabs(plan, b, sq, sk, offset, ratio):
         rows = (part.batch_end - part.batch) * (part.row_end - part.row)
         at = part.batch * sq + part.row
         if at != line or line - first + rows > plan.kept.rows:
-            _sort(every, first, line, dtype, scratch)
+            _finish(every, first, line, dtype, scratch, in_order)
             first = at
         slab = slab_of(buffer, part)
         few_start, few_end, few_bias = (rows_within(x, part) for x in (start, end, bias))
@@ -76,7 +77,7 @@ def index_topk(
         )
         keep(slab, few_start, few_end, moved, ratio, scratch, at - first)
         line = at + rows
-    _sort(every, first, line, dtype, scratch)
+    _finish(every, first, line, dtype, scratch, in_order)
     return indices, scores
 
 
@@ -85,11 +86,13 @@ def _slabs(plan: SlabSelection, b: int, sq: int, sk: int, offset: int | None, ra
     return tuple(plan.slabs(b, sq, functools.partial(limit, sk, offset, ratio)))
 
 
-def _sort(every: list[Tensor | None], first: int, end: int, dtype: torch.dtype, scratch: Scratch) -> None:
+def _finish(
+    every: list[Tensor | None], first: int, end: int, dtype: torch.dtype, scratch: Scratch, in_order: bool
+) -> None:
     """Write rows [first, end) of indices and scores [1, b · sq, topk], which are the first lines of the scratch."""
     indices, scores = (None if x is None else x[:, first:end] for x in every)
     if indices is not None:
-        order(indices, scores, dtype, scratch)
+        finish(indices, scores, dtype, scratch, in_order=in_order)
 
 
 def limit(sk: int, offset: int | None, ratio: int, row: int) -> int:
