@@ -157,7 +157,7 @@ def test_neighbours_that_their_leading_bits_put_wrong_change_places(order: str, 
 def test_what_is_not_held_is_cut_as_what_is(
     topk: int, values: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(selecting, "HELD", 16)
+    monkeypatch.setattr(selecting, "HELD", 32)
     slab = torch.randint(values, (1, 3, 90), generator=torch.Generator().manual_seed(topk)).to(DEVICE, dtype) - 3
     assert_in_order(slab, topk, selected(slab, topk, 90))
 

@@ -35,6 +35,12 @@ def _keys(found, found_key, i, many):
 
 
 @triton.jit
+def _places(first, DEEP: tl.constexpr, WIDE: tl.constexpr):
+    """Return places of a step, of which a thread takes DEEP."""
+    return first + tl.arange(0, WIDE)[:, None] + tl.arange(0, DEEP)[None, :] * WIDE
+
+
+@triton.jit
 def _ties(found, found_key, many, value, until, TOP: tl.constexpr, HELD: tl.constexpr):
     """Return how many keys before `until` have a value."""
     ties = tl.zeros((), tl.int32)
@@ -84,17 +90,21 @@ def _find(found, found_key, many, topk, TOP: tl.constexpr, HELD: tl.constexpr):
 
 
 @triton.jit
-def _move(found, found_key, many, order_cut, key_cut, TOP: tl.constexpr, DEEP: tl.constexpr, WIDE: tl.constexpr):
-    """Move what is above a cut to the front, as orders and in no order."""
-    kept = tl.zeros((), tl.int32)
+def _move(
+    found, found_key, many, order_cut, key_cut,
+    BOTTOM: tl.constexpr, TOP: tl.constexpr, DEEP: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    """Move what is above a cut and scores above -inf to the front, as orders, in no order; return how many that is."""
+    moved = tl.zeros((), tl.int32)
     for first in range(0, many, DEEP * WIDE):
-        i = first + tl.arange(0, DEEP)[:, None] * WIDE + tl.arange(0, WIDE)[None, :]
+        i = _places(first, DEEP, WIDE)
         order, key = _orders(found, found_key, i, many, TOP), _keys(found, found_key, i, many)
-        chosen = ((order > order_cut) | ((order == order_cut) & (key < key_cut))) & (i < many)
-        place, moved = numbered(chosen)
+        chosen = (order > BOTTOM) & ((order > order_cut) | ((order == order_cut) & (key < key_cut)))
+        place, some = numbered(chosen)
         tl.debug_barrier()  # until all of the step is read: places never pass what was read
-        put(found, found_key, kept + place, order, key, chosen)
-        kept += moved
+        put(found, found_key, moved + place, order, key, chosen)
+        moved += some
+    return moved
 
 
 @triton.jit
@@ -103,6 +113,7 @@ def cut(
     found_key,
     many,
     topk,
+    BOTTOM: tl.constexpr,
     TOP: tl.constexpr,
     HELD: tl.constexpr,
     DEEP: tl.constexpr,
@@ -112,9 +123,9 @@ def cut(
     order_cut, key_cut = _least(found_key), tl.zeros((), tl.int32)
     if many > topk:
         order_cut, key_cut = _find(found, found_key, many, topk, TOP, HELD)
-    _move(found, found_key, many, order_cut, key_cut, TOP, DEEP, WIDE)
+    moved = _move(found, found_key, many, order_cut, key_cut, BOTTOM, TOP, DEEP, WIDE)
     tl.debug_barrier()
-    return tl.minimum(many, topk)
+    return moved
 
 
 @triton.jit(do_not_specialize=["topk", "capacity"])
@@ -124,6 +135,7 @@ def cut_kernel(
     count,
     topk,
     capacity,
+    BOTTOM: tl.constexpr,
     TOP: tl.constexpr,
     HELD: tl.constexpr,
     DEEP: tl.constexpr,
@@ -133,6 +145,6 @@ def cut_kernel(
     line = tl.program_id(0).to(tl.int64)
     if found_key is not None:
         found_key += line * capacity
-    many = cut(found + line * capacity, found_key, tl.load(count + line), topk, TOP, HELD, DEEP, WIDE)
+    many = cut(found + line * capacity, found_key, tl.load(count + line), topk, BOTTOM, TOP, HELD, DEEP, WIDE)
     tl.debug_barrier()
     tl.store(count + line, many)

@@ -83,20 +83,23 @@ def put(found, found_key, at, order, key, mask):
 
 @triton.jit
 def numbered(chosen):
-    """Return a place for each of what is chosen [deep, wide], from 0 on, thread by thread, and how many there are.
+    """Return a place for each of what is chosen [wide, deep], from 0 on, thread by thread, and how many there are.
 
-    A thread holds a column: of the sum over all of them only one value a column crosses threads.
+    A thread holds a row: of the sum over all of them only one value a row crosses threads.
     """
     one = chosen.to(tl.int32)
-    within = tl.cumsum(one, axis=0)
-    each = tl.sum(one, axis=0)
-    return (tl.cumsum(each, axis=0) - each)[None, :] + (within - one), tl.sum(each, axis=0)
+    within = tl.cumsum(one, axis=1)
+    each = tl.sum(one, axis=1)
+    place = (tl.cumsum(each, axis=0) - each)[:, None] + (within - one)
+    # Places are no neighbours. Said to be, they are stored from the threads that they are in, by every Triton: stores
+    # are never merged beyond what their masks share, which is nothing.
+    return tl.max_contiguous(place, (2, 1)), tl.sum(each, axis=0)
 
 
 @triton.jit
 def _keys(first, DEEP: tl.constexpr, WIDE: tl.constexpr):
     """Return the DEEP · WIDE keys of a step of a walk."""
-    return first + tl.arange(0, DEEP)[:, None] * WIDE + tl.arange(0, WIDE)[None, :]
+    return first + tl.arange(0, WIDE)[:, None] + tl.arange(0, DEEP)[None, :] * WIDE
 
 
 @triton.jit
@@ -177,7 +180,7 @@ def _above(scores, low, high, pivot, TOP: tl.constexpr, DEEP: tl.constexpr, WIDE
     above = tl.zeros((), tl.int32)
     for first in range(low, high, DEEP * WIDE):
         order = _orders(scores, _keys(first, DEEP, WIDE), high, TOP)
-        above += tl.sum(tl.sum((order > pivot).to(tl.int32), axis=0), axis=0)
+        above += tl.sum(tl.sum((order > pivot).to(tl.int32), axis=1), axis=0)
     return above
 
 
@@ -187,8 +190,45 @@ def _ties(scores, low, value, until, TOP: tl.constexpr, DEEP: tl.constexpr, WIDE
     ties = tl.zeros((), tl.int32)
     for first in range(low, until, DEEP * WIDE):
         order = _orders(scores, _keys(first, DEEP, WIDE), until, TOP)
-        ties += tl.sum(tl.sum((order == value).to(tl.int32), axis=0), axis=0)
+        ties += tl.sum(tl.sum((order == value).to(tl.int32), axis=1), axis=0)
     return ties
+
+
+@triton.jit
+def _best(
+    scores, found, found_key, low, high, topk, capacity,
+    BOTTOM: tl.constexpr, TOP: tl.constexpr, ORDER: tl.constexpr, SAMPLE: tl.constexpr, DEEP: tl.constexpr,
+    WIDE: tl.constexpr,
+):  # fmt: skip
+    """Keep the best topk of more keys than there is room for, and what else is above a pivot; return how many."""
+    a = _pivot(scores, low, high - low, topk, capacity, BOTTOM, TOP, ORDER, SAMPLE)
+    kept = _walk(scores, found, found_key, low, high, a, low, capacity, False, TOP, DEEP, WIDE)
+    short = (kept < topk) & (a > BOTTOM)
+    if (kept > capacity) | short:
+        # At least topk keys are above a, or it is BOTTOM, and fewer are above b.
+        more, fewer, b = kept, tl.zeros((), tl.int32), tl.full((), TOP, ORDER)
+        if short:
+            b, fewer, a, more = a, kept, tl.full((), BOTTOM, ORDER), high - low
+        while (a + 1 < b) & (more > capacity):
+            pivot = between(a, b)
+            over = _above(scores, low, high, pivot, TOP, DEEP, WIDE)
+            if over < topk:
+                b, fewer = pivot, over
+            else:
+                a, more = pivot, over
+        until = low
+        if more > capacity:
+            # Too many have the one value b: its first keys are enough.
+            a, last = b, high
+            while until + 1 < last:
+                middle = between(until, last)
+                enough = fewer + _ties(scores, low, a, middle, TOP, DEEP, WIDE) >= topk
+                last = tl.where(enough, middle, last)
+                until = tl.where(enough, until, middle)
+            until = last
+        tl.debug_barrier()
+        kept = _walk(scores, found, found_key, low, high, a, until, capacity, True, TOP, DEEP, WIDE)
+    return kept
 
 
 @triton.jit(do_not_specialize=["sk", "topk", "capacity", "first_line", "offset", "scores_batch", "scores_row"])
@@ -221,6 +261,8 @@ def keep_kernel(
 ):
     """Keep at least the best topk keys of a row that score above -inf, and at most capacity, in no order.
 
+    Where there is room for all keys all are kept, -inf or not; else only what is above it.
+
     found: [lines, capacity], int64 of a score's bits and key, or bits alone with found_key beside them. Rows of all
     batches are lines from `first_line` on; capacity is at least topk.   count: int32 [lines], how many are kept.
     """
@@ -239,34 +281,12 @@ def keep_kernel(
     low, high = tl.max(lows, axis=0), tl.max(highs, axis=0)
     n = tl.maximum(high - low, 0)
 
-    a = tl.full((), BOTTOM, ORDER)
-    if n > capacity:
-        a = _pivot(scores, low, n, topk, capacity, BOTTOM, TOP, ORDER, SAMPLE)
-    kept = _walk(scores, found, found_key, low, high, a, low, capacity, False, TOP, DEEP, WIDE)
-
-    short = (kept < topk) & (a > BOTTOM)
-    if (kept > capacity) | short:
-        # At least topk keys are above a, or it is BOTTOM, and fewer are above b.
-        more, fewer, b = kept, tl.zeros((), tl.int32), tl.full((), TOP, ORDER)
-        if short:
-            b, fewer, a, more = a, kept, tl.full((), BOTTOM, ORDER), n
-        while (a + 1 < b) & (more > capacity):
-            pivot = between(a, b)
-            over = _above(scores, low, high, pivot, TOP, DEEP, WIDE)
-            if over < topk:
-                b, fewer = pivot, over
-            else:
-                a, more = pivot, over
-        until = low
-        if more > capacity:
-            # Too many have the one value b: its first keys are enough.
-            a, last = b, high
-            while until + 1 < last:
-                middle = between(until, last)
-                enough = fewer + _ties(scores, low, a, middle, TOP, DEEP, WIDE) >= topk
-                last = tl.where(enough, middle, last)
-                until = tl.where(enough, until, middle)
-            until = last
-        tl.debug_barrier()
-        kept = _walk(scores, found, found_key, low, high, a, until, capacity, True, TOP, DEEP, WIDE)
-    tl.store(count + line, kept)
+    if n <= capacity:
+        for first in range(low, high, DEEP * WIDE):
+            t = _keys(first, DEEP, WIDE)
+            x = tl.load(scores + t, mask=t < high, other=float("-inf"))
+            put(found, found_key, t - low, bits_of(x), t, t < high)
+        tl.store(count + line, n)
+    else:
+        kept = _best(scores, found, found_key, low, high, topk, capacity, BOTTOM, TOP, ORDER, SAMPLE, DEEP, WIDE)
+        tl.store(count + line, kept)

@@ -66,6 +66,7 @@ def order_kernel(
     indices_row,
     scores_batch,
     scores_row,
+    BOTTOM: tl.constexpr,
     TOP: tl.constexpr,
     IN_ORDER: tl.constexpr,
     LOG: tl.constexpr,
@@ -85,7 +86,7 @@ def order_kernel(
     indices += batch * indices_batch + row.to(tl.int64) * indices_row
     if scores is not None:
         scores += batch * scores_batch + row.to(tl.int64) * scores_row
-    many = cut(found, None, tl.load(count + line), topk, TOP, HELD, DEEP, WIDE)
+    many = cut(found, None, tl.load(count + line), topk, BOTTOM, TOP, HELD, DEEP, WIDE)
     if IN_ORDER:
         _put_in_order(found, indices, many, LOG, LANES, CHUNK)
     for first in range(0, topk, CHUNK):

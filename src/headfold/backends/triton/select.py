@@ -213,7 +213,9 @@ def network(block: int, warps: int) -> dict[str, int]:
 
 def cut_constants(plan: Kept, warps: int) -> dict[str, int]:
     """Return the constants of a cut."""
-    return {"HELD": min(HELD, power_of_two(plan.capacity)), "DEEP": MOVED, "WIDE": 32 * warps}
+    bottom = ORDERS[torch.float32 if plan.size == 4 else torch.float64].bottom
+    held = min(HELD // (plan.size // 4), power_of_two(plan.capacity))
+    return {"BOTTOM": bottom, "HELD": held, "DEEP": MOVED, "WIDE": 32 * warps}
 
 
 def rounds(blocks: int) -> list[tuple[int, int]]:
