@@ -8,7 +8,9 @@ microseconds here; what is not known yet, and every launch under the interpreter
 from __future__ import annotations
 
 import functools
-from typing import Any
+from collections.abc import Callable
+from operator import itemgetter
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -16,49 +18,84 @@ from torch import Tensor
 
 # Whether pointers or integers are multiples of this is compiled in, as is a 1.
 _ALIGNED = 16
+_INT32 = range(-(2**31), 2**31)
 
-Key = tuple[Any, ...]
-_compiled: dict[Key, tuple[Any, tuple[Any, ...]]] = {}
+Values = tuple[Any, ...]
+
+
+class Parameters(NamedTuple):
+    """Parameters of a kernel that are no constants, by what is compiled in of their arguments.
+
+    looked_at: numbers of whose values something is.   others: numbers of which only the width is, and tensors and None.
+    """
+
+    looked_at: Callable[[Values], Values]
+    others: Callable[[Values], Values]
+
+
+_parameters: dict[Any, Parameters] = {}
+_compiled: dict[Values, tuple[Any, Values]] = {}
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **constants: Any) -> None:
     """Run kernel[grid](*args, **constants) on the current device and stream.
 
-    args: tensors, integers, floats and None, for every parameter that is no constant.   constants: the others and
-    the launch's options, hashable.
+    args: tensors, integers, floats and None, for every parameter that is no constant; what is a number is one in every
+    launch.   constants: the others and the launch's options, hashable.
     """
     if not isinstance(kernel, triton.JITFunction) or torch.version.hip is not None:
         kernel[grid](*args, **constants)
         return
-    key = (kernel, torch.cuda.current_device(), *constants.values(), *constants, *traits(args, specialized(kernel)))
-    known = _compiled.get(key)
+    known = _parameters.get(kernel)
     if known is None:
+        known = _parameters[kernel] = parameters(kernel, args)
+    key = (
+        kernel,
+        torch.cuda.current_device(),
+        tuple(constants),
+        *constants.values(),
+        traits_of_numbers(known.looked_at(args)),
+        *traits(known.others(args)),
+    )
+    found = _compiled.get(key)
+    if found is None:
         compiled = kernel[grid](*args, **constants)
         _compiled[key] = compiled, tuple(constants[name] for name in kernel.arg_names[len(args) :])
         return
-    compiled, rest = known
+    compiled, rest = found
     grid = (*grid, 1, 1)
     compiled[grid](*args, *rest)
 
 
-def traits(args: tuple[Any, ...], specialized: tuple[bool, ...]) -> list[Any]:
-    """Return what a compiled kernel is told of its arguments: two lists of them that are equal share one.
+def parameters(kernel: Any, args: Values) -> Parameters:
+    """Tell the parameters of a kernel apart, given the arguments of a launch."""
+    chosen: tuple[list[int], list[int]] = [], []
+    for i, x in enumerate(args):
+        chosen[not isinstance(x, int) or kernel.params[i].do_not_specialize].append(i)
+    return Parameters(*(_getter(places) for places in chosen))
 
-    specialized: of each argument, whether an integer's value is looked at.
-    """
+
+def _getter(places: list[int]) -> Callable[[Values], Values]:
+    if len(places) > 1:
+        return itemgetter(*places)
+    return lambda args: tuple(args[i] for i in places)
+
+
+@functools.lru_cache(maxsize=4096)  # mostly strides, the same in call after call
+def traits_of_numbers(numbers: Values) -> int:
+    """Return what a compiled kernel is told of integers: two lists of them that are equal share one."""
+    traits = 1
+    for x in numbers:
+        traits = traits << 3 | (x not in _INT32) << 2 | (x == 1) << 1 | (x % _ALIGNED == 0)
+    return traits
+
+
+def traits(others: Values) -> list[Any]:
+    """Return what a compiled kernel is told of tensors, of None, and of numbers whose value is not looked at."""
     found: list[Any] = []
-    for x, looked_at in zip(args, specialized, strict=False):
-        if isinstance(x, int):
-            wide = not -0x80000000 <= x <= 0x7FFFFFFF
-            found.append((wide, x == 1, x % _ALIGNED == 0) if looked_at else wide)
-        elif isinstance(x, Tensor):
-            found += (x.dtype, x.data_ptr() % _ALIGNED == 0)
+    for x in others:
+        if isinstance(x, Tensor):
+            found += (x.dtype, x.data_ptr() % _ALIGNED)
         else:
-            found.append(type(x))
+            found.append(x in _INT32 if isinstance(x, int) else type(x))
     return found
-
-
-@functools.cache
-def specialized(kernel: Any) -> tuple[bool, ...]:
-    """Return of each parameter of a kernel whether Triton compiles an integer's value in."""
-    return tuple(not parameter.do_not_specialize for parameter in kernel.params)

@@ -71,7 +71,8 @@ class Slab(NamedTuple):
 
     def groups(self, kernel: str) -> list[tuple[int, int]]:
         """Return the (first, end) heads of each launch: no more than the rows of the kernel's tile."""
-        return list(blocks(self.q.shape[2], self.row(kernel).rows))
+        h, most = self.q.shape[2], self.row(kernel).rows
+        return [(0, h)] if h <= most else list(blocks(h, most))
 
     def arguments(self) -> tuple[Any, ...]:
         """Return what every kernel takes after its results: tensors, sizes and the scale."""

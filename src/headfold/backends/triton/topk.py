@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import math
 from typing import overload
 
 import torch
@@ -102,8 +101,8 @@ def limit(sk: int, offset: int | None, ratio: int, row: int) -> int:
 
 def slab_of(buffer: Tensor, part: Slab) -> Tensor:
     """View a flat buffer as the scores [b, rows, width] of a part; rows begin at multiples of the padding."""
-    shape = part.batch_end - part.batch, part.row_end - part.row, padded(part.width)
-    return buffer[: math.prod(shape)].view(shape)[..., : part.width]
+    rows, apart = part.row_end - part.row, padded(part.width)
+    return buffer.as_strided((part.batch_end - part.batch, rows, part.width), (rows * apart, apart, 1))
 
 
 @overload

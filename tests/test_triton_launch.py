@@ -1,0 +1,66 @@
+"""What a launch takes for known: no two calls that Triton compiles apart."""
+
+import pytest
+
+pytest.importorskip("triton")
+
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from headfold.backends.triton import launch as launching
+
+NUMBERS = st.sampled_from([0, 1, -1, 2, 16, 17, 32, 2**31 - 1, 2**31, -(2**31), 2**31 + 16, 2**40 + 1]) | st.integers(
+    -(2**40), 2**40
+)
+
+
+def seen_by_triton(values: list[object]) -> list[object]:
+    """Return the type and value of each argument that Triton compiles for on CUDA."""
+    from triton._C.libtriton import native_specialize_impl
+    from triton.backends.nvidia.compiler import CUDABackend
+
+    return [native_specialize_impl(CUDABackend, x, False, True, True) for x in values]
+
+
+@given(st.tuples(NUMBERS, NUMBERS), st.tuples(NUMBERS, NUMBERS))
+def test_numbers_that_triton_tells_apart_are_told_apart(one: tuple[int, int], two: tuple[int, int]) -> None:
+    if launching.traits_of_numbers(one) == launching.traits_of_numbers(two):
+        assert seen_by_triton([*one]) == seen_by_triton([*two])
+
+
+STORAGE = torch.zeros(64, dtype=torch.uint8)
+TENSORS = st.builds(
+    lambda dtype, at: STORAGE[at * dtype.itemsize :][: 2 * dtype.itemsize].view(dtype),
+    st.sampled_from([torch.float16, torch.bfloat16, torch.float32, torch.int32]),
+    st.integers(0, 8),
+)
+OTHERS = st.none() | TENSORS | st.just(0.5)
+
+
+@given(OTHERS, OTHERS)
+def test_tensors_that_triton_tells_apart_are_told_apart(one: object, two: object) -> None:
+    if launching.traits((one,)) == launching.traits((two,)):
+        assert seen_by_triton([one]) == seen_by_triton([two])
+
+
+def test_numbers_whose_value_is_not_looked_at_are_told_apart_by_their_width() -> None:
+    assert launching.traits((7, 2**31)) == launching.traits((8, 2**31 + 1)) != launching.traits((7, 8))
+
+
+class Parameter:
+    def __init__(self, do_not_specialize: bool) -> None:
+        self.do_not_specialize = do_not_specialize
+
+
+class Kernel:
+    params = tuple(Parameter(x) for x in (False, False, True, False))
+
+
+def test_the_arguments_of_a_kernel_are_told_apart_once() -> None:
+    tensor = torch.zeros(2)
+    known = launching.parameters(Kernel(), (tensor, None, 3, 4))
+    again = tensor, tensor, 30, 40
+    assert known.looked_at(again) == (40,)
+    assert known.others(again)[2] == 30
+    assert len(known.others(again)) == 3
