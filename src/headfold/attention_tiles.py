@@ -32,8 +32,8 @@ class AttentionTile:
     gathered: whether each row has keys of its own, width = topk, or all rows those of the key axis, width = sk.
     span: keys that are gathered or cast at a time.   topk: entries that a row selects.   heads: of the queries.
     shared: whether values are the first v_dim channels of the keys.   size, itemsize: of the compute dtype and of the
-    inputs.   accelerator: whether torch's sorts take their scratch from the allocator. The grid starts at row 0 and
-    key 0 and depends on the shape alone, never on the workspace.
+    inputs.   accelerator: whether torch takes scratch of its own from the allocator, as on CUDA. The grid starts at row
+    0 and key 0 and depends on the shape alone, never on the workspace.
     """
 
     gathered: bool
@@ -111,12 +111,16 @@ class AttentionTile:
 
     @property
     def backward_bytes(self) -> int:
-        """Scratch of the backward walk: the forward's, a second slab, incoming gradients, gradients of a span."""
+        """Scratch of the backward walk: the forward's, a second slab, incoming gradients, gradients of a span.
+
+        On an accelerator torch's backward of a softmax takes a slab of its own.
+        """
+        slabs = (2 if self.accelerator else 1) * self.logits
         incoming = self.rows * self.group * self.v_dim
         spread = self.staged * self.widest
         sinks = self.heads + self.group
         sorting = 52 * self.staged if self.accelerator and self.gathered else 0
-        return self.forward_bytes + (self.logits + incoming + spread + sinks) * self.size + sorting
+        return self.forward_bytes + (slabs + incoming + spread + sinks) * self.size + sorting
 
     @property
     def _selection_bytes(self) -> int:

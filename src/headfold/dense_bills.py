@@ -66,10 +66,11 @@ def full_loss(scored: Bill, c: Dense) -> Bill:
     return Bill(forward, scored.held + kept + 2 * c.size + 64, training)
 
 
-def dense_attention(c: Dense) -> Bill:
+def dense_attention(c: Dense, *, accelerator: bool) -> Bill:
     """Bill attention over every key behind a mask of the selection.
 
     Logits and probabilities stand together beside the repeated keys and values; autograd keeps the probabilities.
+    accelerator: whether torch's backward of a softmax takes their product with its gradient, as on CUDA.
     """
     marks, entries = c.b * c.sq * (c.sk + 1), 8 * c.b * c.sq * c.topk
     column = c.b * c.np * c.sq * c.size
@@ -81,5 +82,5 @@ def dense_attention(c: Dense) -> Bill:
     forward = max(2 * marks + 2 * entries, attended + column)
     held = operands + logits + c.marks + c.b * c.sq + 8
     through_values = (wide if cast else 0) + c.keys(c.v_dim) + c.logits
-    backward = stored + held + max(2 * logits, through_values)
+    backward = stored + held + max((3 if accelerator else 2) * logits, through_values)
     return Bill(forward, held, max(attended + 2 * column + cast, backward))

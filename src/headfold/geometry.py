@@ -228,14 +228,14 @@ class IndexerGeometry:
 
         A mask or a scale costs the other paths bytes of its own; headfold's scratch has room for them in any case. Only
         a selection grows with its workspace. What selects is not differentiated: its training peak is its forward.
-        accelerator: whether torch's sorts take their scratch from the allocator that is billed, as on CUDA.
+        accelerator: whether torch takes scratch of its own from the allocator that is billed, as on CUDA.
         backend: one of BACKENDS, of our paths: the walk over PyTorch tiles, or the kernels.
         """
         if path in OURS:
             scratch = self.scratch(path, workspace=workspace, accelerator=accelerator, backend=backend)
             return self._our_bill(path, scratch)
         if path in (*LOSSES, *ATTENDING):
-            return self._dense_bill(path, causal=causal, scale=scale)
+            return self._dense_bill(path, causal=causal, scale=scale, accelerator=accelerator)
         if path not in (*PATHS, *SELECTING):
             known = ", ".join((*PATHS, *SELECTING, SELECTED, *LOSSES, *ATTENDING))
             raise ValueError(f"IndexerGeometry.bill: path must be one of {known}, got {path!r}.")
@@ -331,13 +331,13 @@ class IndexerGeometry:
                 peak = max(peak, alive + elements // rows * step * size)
         return max(alive, peak)
 
-    def _dense_bill(self, path: str, *, causal: bool, scale: float) -> Bill:
+    def _dense_bill(self, path: str, *, causal: bool, scale: float, accelerator: bool) -> Bill:
         self._need_attention(path)
         shape = self.b, self.sq, self.sk, self.topk, self.np, self.hn, self.v_dim
         dense = dense_bills.Dense(*shape, self.itemsize, self.compute_itemsize, causal)
         if path == "materialized loss":
             return dense_bills.full_loss(self.bill("materialized", causal=causal, scale=scale), dense)
-        return dense_bills.dense_attention(dense)
+        return dense_bills.dense_attention(dense, accelerator=accelerator)
 
     def _need_attention(self, path: str) -> None:
         if self.np == 0:

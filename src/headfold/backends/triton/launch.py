@@ -26,14 +26,16 @@ Values = tuple[Any, ...]
 class Parameters(NamedTuple):
     """Parameters of a kernel that are no constants, by what is compiled in of their arguments.
 
-    looked_at: numbers of whose values something is.   others: numbers of which only the width is, and tensors and None.
+    kernel: kept, so that its id stays its own.   looked_at: numbers of whose values something is.   others: numbers of
+    which only the width is, and tensors and None.
     """
 
+    kernel: Any
     looked_at: Callable[[Values], Values]
     others: Callable[[Values], Values]
 
 
-_parameters: dict[Any, Parameters] = {}
+_parameters: dict[int, Parameters] = {}
 _compiled: dict[Values, tuple[Any, Values]] = {}
 
 
@@ -46,11 +48,11 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **constants: Any) -> 
     if not isinstance(kernel, triton.JITFunction) or torch.version.hip is not None:
         kernel[grid](*args, **constants)
         return
-    known = _parameters.get(kernel)
+    known = _parameters.get(id(kernel))  # hashing a kernel itself takes as long as all the rest of the key
     if known is None:
-        known = _parameters[kernel] = parameters(kernel, args)
+        known = _parameters[id(kernel)] = parameters(kernel, args)
     key = (
-        kernel,
+        id(kernel),
         torch.cuda.current_device(),
         tuple(constants),
         *constants.values(),
@@ -72,7 +74,7 @@ def parameters(kernel: Any, args: Values) -> Parameters:
     chosen: tuple[list[int], list[int]] = [], []
     for i, x in enumerate(args):
         chosen[not isinstance(x, int) or kernel.params[i].do_not_specialize].append(i)
-    return Parameters(*(_getter(places) for places in chosen))
+    return Parameters(kernel, *(_getter(places) for places in chosen))
 
 
 def _getter(places: list[int]) -> Callable[[Values], Values]:
@@ -94,7 +96,9 @@ def traits(others: Values) -> list[Any]:
     """Return what a compiled kernel is told of tensors, of None, and of numbers whose value is not looked at."""
     found: list[Any] = []
     for x in others:
-        if isinstance(x, Tensor):
+        if x is None:
+            found.append(None)
+        elif isinstance(x, Tensor):
             found += (x.dtype, x.data_ptr() % _ALIGNED)
         else:
             found.append(x in _INT32 if isinstance(x, int) else type(x))

@@ -7,6 +7,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from headfold.triton_tiles import power_of_two
+
 ACCUMULATORS = {torch.float32: tl.float32, torch.float64: tl.float64}
 NARROWEST = 16  # a matrix instruction's own
 
@@ -94,4 +96,4 @@ def load_tile(tile, places, PIECE: tl.constexpr, WIDTH: tl.constexpr):
 def is_near(x: Tensor, rows: int) -> bool:
     """Whether the places of a tile of so many rows of x [..., d] are 32-bit integers, and few enough to be held."""
     *_, row, channel = x.stride()
-    return x.dtype.itemsize == 2 and bool(rows * row + triton.next_power_of_2(x.shape[-1]) * channel < 2**31)
+    return x.dtype.itemsize == 2 and rows * row + power_of_two(x.shape[-1]) * channel < 2**31
