@@ -166,6 +166,9 @@ def test_index_dtype_and_the_materialised_oracle() -> None:
     assert ours.indices.dtype == torch.int64
     assert torch.equal(ours.indices, theirs.indices)
     assert index_topk(q, weights, k, 4).scores is None
+    for impl in ("eager", "materialized"):  # whose any order is the total one
+        any_order = index_topk(q, weights, k, 40, causal=True, index_dtype=torch.int64, sorted=False, impl=impl)
+        assert torch.equal(any_order.indices, ours.indices)
 
 
 @pytest.mark.parametrize("sizes", [(0, 5), (5, 0), (0, 0)])

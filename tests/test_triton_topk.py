@@ -229,6 +229,33 @@ def test_topk_of_every_size_and_index_dtype() -> None:
         assert torch.equal(got.indices, in_order(index_scores(q, weights, k, impl="triton"), topk)[0])
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("topk", "sk"), [(1, 40), (9, 40), (30, 20), (35, 40)])
+def test_without_an_order_the_same_keys_are_selected_with_what_is_missing_last(
+    topk: int, sk: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(triton_tiles, "_SORTED", 8)  # 35 are more than two blocks of the network
+    rows = 6
+    q, weights, k = ((x * 1.5).round() for x in Case(rows, sk, b=2, h=2, d=16).inputs(dtype) if x is not None)
+    bias = torch.zeros(1, rows, sk, dtype=torch.float64 if dtype == torch.float64 else torch.float32, device=DEVICE)
+    bias[0, 0] = float("-inf")
+    bias[0, -1, : sk // 2] = float("-inf")
+    call: dict[str, Any] = {"bias": bias, "causal": True, "with_scores": True, "impl": "triton"}
+    expected = index_topk(q, weights, k, topk, **call)
+    got = index_topk(q, weights, k, topk, sorted=False, **call)
+    again = index_topk(q, weights, k, topk, sorted=False, **call)
+    assert torch.equal(got.indices, again.indices)
+    assert got.scores is not None
+    assert expected.scores is not None
+    back = got.indices.masked_fill(got.indices < 0, sk).argsort(-1)
+    order = expected.indices.masked_fill(expected.indices < 0, sk).argsort(-1)
+    for one, other in zip(got, expected, strict=True):
+        assert one is not None
+        assert other is not None
+        assert torch.equal(one.gather(-1, back), other.gather(-1, order))
+    assert torch.equal(got.indices < 0, expected.indices < 0)
+
+
 @pytest.mark.parametrize("sizes", [(0, 5), (5, 0), (0, 0)])
 @pytest.mark.parametrize("b", [0, 2])
 def test_zero_length_axes_select_nothing(sizes: tuple[int, int], b: int) -> None:

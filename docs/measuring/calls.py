@@ -97,10 +97,10 @@ def _gradients(out: Tensor, leaves: Sequence[Tensor]) -> Ready:
     return Ready(lambda: torch.autograd.grad(out, leaves, g, retain_graph=True))
 
 
-def topk(x: Sizes, dtype: torch.dtype, place: Place) -> Ready:
+def topk(x: Sizes, dtype: torch.dtype, place: Place, *, in_order: bool = True) -> Ready:
     """Return our selection."""
     q, weights, k = indexer(x, dtype, place)
-    run = partial(headfold.index_topk, q, weights, k, x["topk"], causal=True, impl=place.impl)
+    run = partial(headfold.index_topk, q, weights, k, x["topk"], causal=True, sorted=in_order, impl=place.impl)
     return Ready(run, product_flops(x, True))
 
 

@@ -61,10 +61,18 @@ def _topk() -> list[Row]:
             small = shape is not chunks[-1]  # whose scores take 32 GiB
             scores = partial(calls.forward, causal=True)
             rows.append(Row("topk", "index_scores, triton, causal, forward", shape, scores, rehearsed=small))
-        name, beside = f"index_topk {TOPK}, causal", {"topk": TOPK}
+        name, beside, in_no_order = f"index_topk {TOPK}, causal", {"topk": TOPK}, partial(calls.topk, in_order=False)
         rows += [
             Row("topk", name, shape, calls.topk, beside=beside, rehearsed=True),
             Row("topk", f"{name}, captured", shape, calls.captured, beside=beside),
+            Row("topk", f"{name}, in no order", shape, in_no_order, beside=beside, rehearsed=True),
+            Row(
+                "topk",
+                f"{name}, in no order, captured",
+                shape,
+                partial(calls.captured, make=in_no_order),
+                beside=beside,
+            ),
             Row(
                 "topk", f"torch.topk {TOPK} of materialized scores, causal", shape, calls.topk_of_scores, beside=beside
             ),

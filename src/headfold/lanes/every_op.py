@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -92,8 +93,8 @@ def _scores_without_activation(x: Inputs, impl: str) -> list[Tensor]:
     return differentiate(scores, leaves)
 
 
-def _topk(x: Inputs, impl: str) -> list[Tensor]:
-    call: dict[str, Any] = {"causal": True, "with_scores": True, "layout": "bshd", "impl": impl}
+def _topk(x: Inputs, impl: str, *, in_order: bool = True) -> list[Tensor]:
+    call: dict[str, Any] = {"causal": True, "with_scores": True, "layout": "bshd", "impl": impl, "sorted": in_order}
     found = index_topk(x.q, x.weights, x.k, x.indices.shape[2], **call)
     assert found.scores is not None
     return [found.indices, found.scores]
@@ -137,6 +138,7 @@ OPS: dict[str, Run] = {
     "index_scores": _scores,
     "index_scores, no activation": _scores_without_activation,
     "index_topk": _topk,
+    "index_topk, no order": partial(_topk, in_order=False),
     "selected_scores": _selected,
     "indexer_loss": _loss,
     "sparse_attention": _attention,
