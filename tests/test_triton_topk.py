@@ -235,8 +235,8 @@ def test_without_an_order_the_same_keys_are_selected_with_what_is_missing_last(
     topk: int, sk: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(triton_tiles, "_SORTED", 8)  # 35 are more than two blocks of the network
-    rows = 6
-    q, weights, k = ((x * 1.5).round() for x in Case(rows, sk, b=2, h=2, d=16).inputs(dtype) if x is not None)
+    rows = 3
+    q, weights, k = ((x * 1.5).round() for x in Case(rows, sk, h=1, d=16).inputs(dtype) if x is not None)
     bias = torch.zeros(1, rows, sk, dtype=torch.float64 if dtype == torch.float64 else torch.float32, device=DEVICE)
     bias[0, 0] = float("-inf")
     bias[0, -1, : sk // 2] = float("-inf")
