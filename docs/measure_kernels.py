@@ -1,7 +1,7 @@
 """Time the kernels on the GPU at hand, as JSON lines: what docs/kernels.md says was measured.
 
-    python docs/measure_kernels.py --output docs/results/kernels_h100.jsonl
-    python docs/measure_kernels.py --only topk --only peers --output docs/results/kernels_h100.jsonl --append
+    python docs/measure_kernels.py --output docs/results/kernels_h200.jsonl
+    python docs/measure_kernels.py --only topk --only peers --output docs/results/kernels_h200.jsonl --append
 
 The first line says where it was measured; then a row a line, each as soon as it is there. Files may hold several
 measurements, of other days and cards: docs/regenerate.py makes a table of each card, where what came later counts.

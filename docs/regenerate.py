@@ -4,7 +4,7 @@
     python examples/warmup.py --threads 2 --out docs/results               # measures the example
     python docs/measure_megatron.py                                        # measures Megatron-Core's functions
     python docs/measure_transformers.py --threads 2                        # measures transformers
-    python docs/measure_kernels.py --output docs/results/kernels_h100.jsonl  # measures a GPU's kernels
+    python docs/measure_kernels.py --output docs/results/kernels_h200.jsonl  # measures a GPU's kernels
     python docs/regenerate.py                                              # writes it into the pages
     python docs/regenerate.py --check                                      # exits 1 when a page says otherwise
 

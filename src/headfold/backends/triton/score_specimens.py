@@ -11,7 +11,7 @@ from headfold.backends.triton.backward import key_gradients, query_gradients
 from headfold.backends.triton.compiling import Specimen
 from headfold.backends.triton.folding import fold_heads, unfold_heads
 from headfold.backends.triton.forward import score_slab
-from headfold.backends.triton.launches import constants_of
+from headfold.backends.triton.launches import WHOLE_ROWS, constants_of
 from headfold.backends.triton.products import ACCUMULATORS
 from headfold.backends.triton.table import ANY, Row, rows_of
 
@@ -69,7 +69,7 @@ def score_specimen(
         "ADD": marked,
         "SCAN": 256,
         "WIDE": half,
-        "WHOLE": row.dtype == "half" and not biased,
+        "WHOLE": row.dtype == "half" and not biased and launched["ROWS"] <= WHOLE_ROWS,
         "EVEN": row.dtype == "half" and not ranged,
     }
     types = {"scale": "fp64", "sq": "i32", "sk": "i32", "offset": "i32", "per_program": "i32"}
