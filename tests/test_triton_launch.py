@@ -1,10 +1,13 @@
 """What a launch takes for known: no two calls that Triton compiles apart."""
 
+from collections.abc import Callable
+
 import pytest
 
 pytest.importorskip("triton")
 
 import torch
+import triton
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -64,3 +67,57 @@ def test_the_arguments_of_a_kernel_are_told_apart_once() -> None:
     assert known.looked_at(again) == (40,)
     assert known.others(again)[2] == 30
     assert len(known.others(again)) == 3
+
+
+class Compiled:
+    def __init__(self, said: list[object]) -> None:
+        self.said = said
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+        return lambda *args: self.said.append(("at once", grid, args))
+
+
+class Jitted:
+    """A kernel of (x, n, N: constexpr, M: constexpr) that notes how it is launched."""
+
+    arg_names = ("x", "n", "N", "M")
+    params = tuple(Parameter(x) for x in (False, False, False, False))
+
+    def __init__(self, compiled: type) -> None:
+        self.said: list[object] = []
+        self.compiled = compiled
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., object]:
+        def run(*args: object, **constants: object) -> object:
+            self.said.append(("first", grid, args, constants))
+            return self.compiled(self.said)
+
+        return run
+
+
+@pytest.fixture
+def devices(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Let `Jitted` pass for a kernel on the device that the list holds."""
+    current = [0]
+    monkeypatch.setattr(triton, "JITFunction", Jitted)
+    monkeypatch.setattr(triton.compiler, "CompiledKernel", Compiled)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: current[0])
+    return current
+
+
+def test_what_is_known_is_started_at_once_with_its_constants_in_their_order(devices: list[int]) -> None:
+    kernel, x = Jitted(Compiled), torch.zeros(4)
+    for n in (32, 48, 33, 1):
+        launching.launch(kernel, (7,), x, n, M=5, N=6, num_warps=4)
+    devices[0] = 1
+    launching.launch(kernel, (7, 2), x, 48, M=5, N=6, num_warps=4)
+    launching.launch(kernel, (7, 2), x, 48, M=5, N=7, num_warps=4)
+    assert [one[0] for one in kernel.said] == ["first", "at once", "first", "first", "first", "first"]
+    assert kernel.said[1] == ("at once", (7, 1, 1), (x, 48, 6, 5))
+
+
+def test_what_a_hook_kept_from_being_compiled_is_not_known(devices: list[int]) -> None:
+    kernel = Jitted(lambda _: None)
+    for _ in range(2):
+        launching.launch(kernel, (1,), torch.zeros(4), 3, N=1, M=1)
+    assert [one[0] for one in kernel.said] == ["first", "first"]

@@ -16,6 +16,7 @@ from on_device import CASES, DEVICE, Case, drawn, there
 
 pytest.importorskip("triton", reason="Triton is not installed")
 from headfold.backends import eager, triton
+from headfold.backends.triton import launches
 
 NEG_INF = float("-inf")
 pytestmark = pytest.mark.skipif(
@@ -359,3 +360,53 @@ def test_auto_on_a_cpu_stays_eager() -> None:
     q, weights, k = (x.detach().cpu() for x in leaves(Case(5, 6, h=2, d=16)))
     assert torch.equal(index_scores(q, weights, k), index_scores(q, weights, k, impl="eager"))
     assert eager.index_scores is not triton.index_scores
+
+
+@pytest.mark.parametrize("visible", ["causal", "ragged", "all"])
+@pytest.mark.parametrize(("h", "d", "sk"), [(32, 16, 200), (64, 80, 192), (160, 16, 130)])
+def test_tiles_that_are_read_whole_score_as_others(
+    h: int, d: int, sk: int, visible: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    case = Case(5, sk, b=2, h=h, d=d, visible=visible)
+    whole: list[bool] = []
+
+    def noted(kernel: Any, grid: tuple[int, ...], *args: Any, **constants: Any) -> None:
+        whole.append(constants.get("WHOLE", constants.get("EVEN")))
+        launch(kernel, grid, *args, **constants)
+
+    launch = launches.launch
+    monkeypatch.setattr(launches, "launch", noted)
+    inputs = [x.requires_grad_() for x in case.inputs(torch.bfloat16) if x is not None]
+
+    def run() -> list[Tensor]:
+        scores = index_scores(*inputs, **case.call(), impl="triton")
+        return [scores.detach(), *torch.autograd.grad(scores, inputs, torch.ones_like(scores))]
+
+    expected = eager_scores = index_scores(*inputs, **case.call(), impl="eager").detach()
+    got = run()
+    assert whole[0] is True
+    monkeypatch.setattr(launches, "is_near", lambda *_: False)
+    whole.clear()
+    again = run()
+    assert not any(whole)
+    for x, y in zip(got, again, strict=True):
+        assert torch.equal(x, y)
+    torch.testing.assert_close(
+        got[0], expected, rtol=1e-4, atol=1e-4 * float(eager_scores[eager_scores > NEG_INF].abs().max())
+    )
+
+
+def test_a_start_beyond_all_keys_hides_them() -> None:
+    q, weights, k = (x for x in Case(4, 300, h=64, d=16).inputs(torch.float16) if x is not None)
+    start = torch.tensor([0, 0, 0, 2**31 - 1], dtype=torch.int32, device=DEVICE)
+    keys = KeyRange(start, torch.full_like(start, 300))
+    scores = index_scores(q, weights, k, keys=keys, impl="triton")
+    assert torch.equal(scores[0, 3], torch.full_like(scores[0, 3], NEG_INF))
+    assert scores[0, :3].isfinite().all()
+
+
+@pytest.mark.parametrize(("row", "near"), [(2**31 // 64 - 1, True), (2**31 // 64, False)])
+def test_what_is_near_fits_32_bits(row: int, near: bool) -> None:
+    k = torch.empty(1, dtype=torch.bfloat16, device="meta").as_strided((1, 2, 16), (1, row, 1))
+    assert launches.is_near(k, 64) is near
+    assert not launches.is_near(k.float(), 64)

@@ -20,7 +20,7 @@ from on_device import DEVICE, Case, launches_leave_nothing, there
 pytest.importorskip("triton", reason="Triton is not installed")
 from headfold.backends import triton as kernels
 from headfold.backends.triton import select as selecting
-from headfold.backends.triton.select import Scratch, rounds, select
+from headfold.backends.triton.select import Scratch, finish, keep, rounds
 
 NEG_INF, INF, NAN = float("-inf"), float("inf"), float("nan")
 DTYPES = [torch.float32, torch.float64]
@@ -44,7 +44,13 @@ def in_order(scores: Tensor, topk: int) -> tuple[Tensor, Tensor]:
 
 
 def selected(
-    slab: Tensor, topk: int, capacity: int = 32, start: Tensor | None = None, end: Tensor | None = None
+    slab: Tensor,
+    topk: int,
+    capacity: int = 32,
+    start: Tensor | None = None,
+    end: Tensor | None = None,
+    *,
+    in_order: bool = True,
 ) -> tuple[Tensor, Tensor]:
     """Run the kernels on a slab [b, rows, sk], with little room to wait, into results full of what nobody writes."""
     shape, rows = (*slab.shape[:2], topk), slab.shape[0] * slab.shape[1]
@@ -59,7 +65,8 @@ def selected(
             buffer.fill_(-77)
     indices = torch.full(shape, -7, dtype=torch.int64, device=slab.device)
     scores = torch.full(shape, -7.0, dtype=slab.dtype, device=slab.device)
-    select(slab, indices, scores, start, end, None, 1, scratch)
+    keep(slab, start, end, None, 1, scratch, 0)
+    finish(indices, scores, slab.dtype, scratch, in_order=in_order)
     return indices, scores
 
 
@@ -123,6 +130,8 @@ def rows_that_mislead(kind: str, dtype: torch.dtype) -> Tensor:
         x.zero_()
     elif kind == "crowded":
         x[sampled] = torch.linspace(-1e30, 1e30, 64, dtype=dtype)
+    elif kind == "mostly NaN":
+        x[torch.nonzero(sampled)[:40]] = NAN
     elif kind == "falling":
         x = x.sort(descending=True).values
     return x
@@ -130,12 +139,16 @@ def rows_that_mislead(kind: str, dtype: torch.dtype) -> Tensor:
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(
-    "kind", ["even", "sample too low", "sample too high", "plateau", "one value", "crowded", "falling"]
+    "kind", ["even", "sample too low", "sample too high", "plateau", "one value", "crowded", "falling", "mostly NaN"]
 )
 def test_a_misleading_sample_costs_time_and_nothing_else(kind: str, dtype: torch.dtype) -> None:
     slab = rows_that_mislead(kind, dtype).view(1, 1, -1).to(DEVICE)
-    topk = 200 if kind == "sample too low" else 12  # with few to keep, one pivot lies above any sample
-    assert_in_order(slab, topk, selected(slab, topk, 40))
+    few = kind not in ("sample too low", "mostly NaN")  # with few to keep, one pivot lies above any sample
+    topk = 12 if few else 200
+    ordered = selected(slab, topk, 40)
+    assert_in_order(slab, topk, ordered)
+    for one, other in zip(selected(slab, topk, 40, in_order=False), ordered, strict=True):
+        assert torch.equal(one.nan_to_num().sort(-1).values, other.nan_to_num().sort(-1).values)
 
 
 @pytest.mark.parametrize("order", ["rising", "falling", "mixed"])
@@ -374,4 +387,4 @@ print(len(found), compile_specimen(found[0], "sm_90").breaches(found[0], "sm_90"
     command = [sys.executable, "-W", "ignore", "-c", code]
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     assert done.returncode == 0, done.stderr
-    assert done.stdout == "22 []\n"
+    assert done.stdout == "23 []\n"

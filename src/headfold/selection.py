@@ -59,7 +59,7 @@ def index_topk(
         index_dtype: torch.int32 or torch.int64.
         sorted: whether a selection is in that order. False, as torch.topk has it, leaves open in which: the same keys,
             in an order that is the same in every run of one call, -1 last. Attention needs no order, and kernels then
-            do not sort.
+            do not sort (but in float64).
         causal: as in `index_scores`.
         keys: as in `index_scores`.
         bias: as in `index_scores`.
@@ -67,7 +67,8 @@ def index_topk(
         scale: as in `index_scores`.
         layout: as in `index_scores`.
         impl: as in `index_scores`; "materialized" sorts a whole score matrix.
-        workspace: bytes of scratch, 64 MiB when None. The result does not depend on it.
+        workspace: bytes of scratch, 64 MiB when None. The result does not depend on it, but for the order where that
+            is left open.
 
     Returns:
         TopK(indices, scores): indices [b, sq, topk]; scores [b, sq, topk] float32 (float64 for float64 inputs) or None.

@@ -136,7 +136,7 @@ def index_topk(
     workspace: int,
     in_order: bool = True,
 ) -> tuple[Tensor, Tensor | None]:
-    """Indices [b, sq, topk] of a checked, batch-first call in the total order, and their scores if asked for."""
+    """Indices [b, sq, topk] of a checked, batch-first call always in the total order, and their scores."""
     b, sq, sk = q.shape[0], q.shape[1], k.shape[1]
     indices = torch.full((b, sq, topk), -1, dtype=index_dtype, device=q.device)
     scores = torch.full((b, sq, topk), NEG_INF, dtype=compute_dtype(q.dtype), device=q.device) if with_scores else None

@@ -1,6 +1,6 @@
 """Keys of every row of a slab of scores that hold its best ones, exactly, and at most as many as there is room for.
 
-One program keeps one row. A sample of it says above which pivot about half as many keys again as are wanted lie; one
+One program keeps one row. A sample of it says above which pivot the keys that are wanted lie, and some more; one
 walk over the row keeps those. Where the sample was wrong, the pivot is bisected over the row itself until it
 is right, and the walk is made again: the sample decides how long it takes, never what is selected in the end.
 
@@ -120,7 +120,8 @@ def _pivot(
     spare = (capacity - topk).to(tl.float32) / n.to(tl.float32) * SAMPLE / 2
     apart = tl.minimum(DEVIATIONS * tl.sqrt(SAMPLE * share * (1 - share)) + 2, spare)
     least = tl.ceil(SAMPLE * share + apart).to(tl.int32)
-    a, high = tl.full((), BOTTOM, ORDER), tl.full((), TOP, ORDER)
+    # At most +inf, whose order is -BOTTOM - 1: what is above is told by comparing floats.
+    a, high = tl.full((), BOTTOM, ORDER), tl.full((), -BOTTOM, ORDER)
     if least > SAMPLE:
         high = a
     while a < high - 1:

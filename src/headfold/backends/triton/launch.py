@@ -2,7 +2,8 @@
 
 `kernel[grid](…)` binds every argument by name and asks of each what it was compiled for, which takes the host tens of
 microseconds: more than many of these kernels take the device. What it finds follows from little, told in a few
-microseconds here; what is not known yet, and every launch under the interpreter or on ROCm, goes through it.
+microseconds here; what is not known yet, and every launch under the interpreter or on ROCm, goes through it. Hooks
+around launches are called all the same; Triton's debugging knobs are those of a kernel's first launch.
 """
 
 from __future__ import annotations
@@ -18,7 +19,6 @@ from torch import Tensor
 
 # Whether pointers or integers are multiples of this is compiled in, as is a 1.
 _ALIGNED = 16
-_INT32 = range(-(2**31), 2**31)
 
 Values = tuple[Any, ...]
 
@@ -62,7 +62,8 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **constants: Any) -> 
     found = _compiled.get(key)
     if found is None:
         compiled = kernel[grid](*args, **constants)
-        _compiled[key] = compiled, tuple(constants[name] for name in kernel.arg_names[len(args) :])
+        if isinstance(compiled, triton.compiler.CompiledKernel):  # a hook may have kept it from being one
+            _compiled[key] = compiled, tuple(constants[name] for name in kernel.arg_names[len(args) :])
         return
     compiled, rest = found
     grid = (*grid, 1, 1)
@@ -88,8 +89,12 @@ def traits_of_numbers(numbers: Values) -> int:
     """Return what a compiled kernel is told of integers: two lists of them that are equal share one."""
     traits = 1
     for x in numbers:
-        traits = traits << 3 | (x not in _INT32) << 2 | (x == 1) << 1 | (x % _ALIGNED == 0)
+        traits = traits << 3 | _is_narrow(x) << 2 | (x == 1) << 1 | (x % _ALIGNED == 0)
     return traits
+
+
+def _is_narrow(x: int) -> bool:
+    return -(2**31) <= x < 2**31
 
 
 def traits(others: Values) -> list[Any]:
@@ -99,7 +104,7 @@ def traits(others: Values) -> list[Any]:
         if x is None:
             found.append(None)
         elif isinstance(x, Tensor):
-            found += (x.dtype, x.data_ptr() % _ALIGNED)
+            found += (x.dtype, x.data_ptr() % _ALIGNED == 0)
         else:
-            found.append(x in _INT32 if isinstance(x, int) else type(x))
+            found.append(_is_narrow(x) if isinstance(x, int) else type(x))
     return found

@@ -1,4 +1,4 @@
-"""What was kept of a row, put in order: by a sorting network where a score and its key share 64 bits, else by counting.
+"""What was kept of a row, cut and put in order: by a network where a score and its key share 64 bits, else by counting.
 
 A row of up to 2048 is sorted by a network over its leading bits, and neighbours that those put wrong change places
 until none does. A row of more is sorted in pairs of blocks, whole, and Batcher's merge exchange says which pairs, from

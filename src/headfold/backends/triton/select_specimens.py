@@ -61,11 +61,11 @@ def _keep(row: Row, dtype: torch.dtype, *, ranged: bool) -> Specimen:
 def _sort(row: Row, width: int) -> Iterator[Specimen]:
     plan = Kept.of(1, 2 * width, width, 4)
     label = f"order topk={width}"
+    whole: dict[str, Any] = {**network(plan.block, row.order_warps), **cut_constants(plan, row.order_warps)}
+    for in_order in (True, False)[plan.blocks > 2 :]:
+        name = label + ("" if in_order else " unsorted")
+        yield _specimen(name, order_kernel, torch.float32, {**whole, "IN_ORDER": in_order}, row.order_warps)
     if plan.blocks == 2:
-        sorting: dict[str, Any] = {**network(plan.block, row.order_warps), **cut_constants(plan, row.order_warps)}
-        for in_order in (True, False):
-            name = label + ("" if in_order else " unsorted")
-            yield _specimen(name, order_kernel, torch.float32, {**sorting, "IN_ORDER": in_order}, row.order_warps)
         return
     constants: dict[str, Any] = {"found_key": None, **cut_constants(plan, PART_WARPS)}
     yield _specimen(f"cut topk={width}", cut_kernel, torch.float32, constants, PART_WARPS)

@@ -30,7 +30,8 @@ def row_bounds(
     low = tl.zeros(rows.shape, tl.int32)
     high = tl.zeros(rows.shape, tl.int32) + sk
     if start is not None:
-        low = tl.maximum(tl.load(start + rows.to(tl.int64) * start_stride, mask=inside, other=0), 0)
+        low = tl.load(start + rows.to(tl.int64) * start_stride, mask=inside, other=0)
+        low = tl.minimum(tl.maximum(low, 0), sk)
     if end is not None:
         high = tl.minimum(tl.load(end + rows.to(tl.int64) * end_stride, mask=inside, other=0), sk)
     if HAS_OFFSET:
