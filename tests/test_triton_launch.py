@@ -1,6 +1,7 @@
 """What a launch takes for known: no two calls that Triton compiles apart."""
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 
@@ -70,7 +71,7 @@ def test_the_arguments_of_a_kernel_are_told_apart_once() -> None:
 
 
 class Compiled:
-    def __init__(self, said: list[object]) -> None:
+    def __init__(self, said: list[Any]) -> None:
         self.said = said
 
     def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
@@ -83,8 +84,8 @@ class Jitted:
     arg_names = ("x", "n", "N", "M")
     params = tuple(Parameter(x) for x in (False, False, False, False))
 
-    def __init__(self, compiled: type) -> None:
-        self.said: list[object] = []
+    def __init__(self, compiled: Callable[[list[Any]], object]) -> None:
+        self.said: list[Any] = []
         self.compiled = compiled
 
     def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., object]:

@@ -16,7 +16,8 @@ from on_device import CASES, DEVICE, Case, drawn, there
 
 pytest.importorskip("triton", reason="Triton is not installed")
 from headfold.backends import eager, triton
-from headfold.backends.triton import launches
+from headfold.backends.triton import launches, products
+from headfold.backends.triton.launch import launch
 
 NEG_INF = float("-inf")
 pytestmark = pytest.mark.skipif(
@@ -371,10 +372,9 @@ def test_tiles_that_are_read_whole_score_as_others(
     whole: list[bool] = []
 
     def noted(kernel: Any, grid: tuple[int, ...], *args: Any, **constants: Any) -> None:
-        whole.append(constants.get("WHOLE", constants.get("EVEN")))
+        whole.append(bool(constants.get("WHOLE", constants.get("EVEN"))))
         launch(kernel, grid, *args, **constants)
 
-    launch = launches.launch
     monkeypatch.setattr(launches, "launch", noted)
     inputs = [x.requires_grad_() for x in case.inputs(torch.bfloat16) if x is not None]
 
@@ -407,5 +407,5 @@ def test_a_start_beyond_all_keys_hides_them() -> None:
 @pytest.mark.parametrize(("row", "near"), [(2**31 // 64 - 1, True), (2**31 // 64, False)])
 def test_what_is_near_fits_32_bits(row: int, near: bool) -> None:
     k = torch.empty(1, dtype=torch.bfloat16, device="meta").as_strided((1, 2, 16), (1, row, 1))
-    assert launches.is_near(k, 64) is near
-    assert not launches.is_near(k.float(), 64)
+    assert products.is_near(k, 64) is near
+    assert not products.is_near(k.float(), 64)

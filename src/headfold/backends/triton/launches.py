@@ -152,10 +152,12 @@ def launch_query_gradients(dq: Tensor | None, dweights: Tensor | None, g: Tensor
     if b * sq == 0 or (dq is None and dweights is None):
         return
     row = slab.row("query_gradients")
-    constants = {**slab.constants(row, relu), "EVEN": slab.k.shape[1] % row.keys == 0 and is_near(slab.k, row.keys)}
+    constants = slab.constants(row, relu)
+    even = constants["ROWS"] <= WHOLE_ROWS and slab.k.shape[1] % row.keys == 0 and is_near(slab.k, row.keys)
     strides = *strides_of(dq, 4), *strides_of(dweights, 3), *g.stride(), *slab.strides()
     grid = cdiv(sq, constants["ROWS"]), b
-    launch(query_gradients, grid, dq, dweights, g, *slab.arguments(), slab.scale, *strides, WIDE=slab.wide, **constants)
+    arguments = *slab.arguments(), slab.scale, *strides
+    launch(query_gradients, grid, dq, dweights, g, *arguments, WIDE=slab.wide, EVEN=even, **constants)
 
 
 def launch_key_gradients(dk: Tensor, g: Tensor, slab: Slab, *, relu: bool, add: bool, parts: int) -> None:

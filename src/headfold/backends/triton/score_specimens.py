@@ -70,7 +70,7 @@ def score_specimen(
         "SCAN": 256,
         "WIDE": half,
         "WHOLE": row.dtype == "half" and not biased and launched["ROWS"] <= WHOLE_ROWS,
-        "EVEN": row.dtype == "half" and not ranged,
+        "EVEN": row.dtype == "half" and not ranged and launched["ROWS"] <= WHOLE_ROWS,
     }
     types = {"scale": "fp64", "sq": "i32", "sk": "i32", "offset": "i32", "per_program": "i32"}
     types |= dict.fromkeys(("q", "k", "weights", "dq", "dweights", "dk"), POINTERS[dtype])

@@ -146,7 +146,7 @@ def keep(
             TOP=ordered.top,
             ORDER=ordered.dtype,
             SAMPLE=tile.sample,
-            DEEP=tile.deep,
+            DEEP=deep(tile, slab.dtype),
             WIDE=32 * tile.warps,
             num_warps=tile.warps,
         )
@@ -202,6 +202,11 @@ def _finish(indices: Tensor, scores: Tensor | None, top: int, scratch: Scratch, 
     grid = rows, cdiv(topk, plan.block), b
     constants = {"TOP": top, "STEP": plan.block, "num_warps": PART_WARPS}
     launch(write_kernel, grid, scratch.packed, *results, plan.blocks * plan.block, *strides, **constants)
+
+
+def deep(tile: Row, dtype: torch.dtype) -> int:
+    """Return the keys that a thread takes in one step of a walk over scores of a dtype."""
+    return tile.deep * 4 // dtype.itemsize
 
 
 def network(block: int, warps: int) -> dict[str, int]:

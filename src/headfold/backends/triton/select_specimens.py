@@ -11,7 +11,7 @@ from headfold.backends.triton.compiling import Specimen
 from headfold.backends.triton.cut import cut_kernel
 from headfold.backends.triton.keep import keep_kernel
 from headfold.backends.triton.order import count_kernel, merge_kernel, order_kernel, write_kernel
-from headfold.backends.triton.select import ORDERS, PART_WARPS, TILES, Row, cut_constants, network, row_of
+from headfold.backends.triton.select import ORDERS, PART_WARPS, TILES, Row, cut_constants, deep, network, row_of
 from headfold.triton_tiles import Kept
 
 POINTERS = {torch.float32: "*fp32:16", torch.float64: "*fp64:16"}
@@ -47,7 +47,7 @@ def _keep(row: Row, dtype: torch.dtype, *, ranged: bool) -> Specimen:
         "BOTTOM": order.bottom,
         "ORDER": order.dtype,
         "SAMPLE": row.sample,
-        "DEEP": row.deep,
+        "DEEP": deep(row, dtype),
         "WIDE": 32 * row.warps,
     }
     if not ranged:
