@@ -226,4 +226,4 @@ def test_every_card_has_a_table_of_all_its_files_where_the_later_row_counts(tmp_
 def test_the_file_of_one_card_has_no_heading() -> None:
     said = tables.kernels(ROOT / "docs" / "results")
     assert said.startswith("| call ")
-    assert "NVIDIA H100 80GB HBM3" in said
+    assert "NVIDIA H200" in said
