@@ -18,7 +18,7 @@ from torch import Tensor
 
 from headfold import index_scores
 from headfold.geometry import IndexerGeometry
-from headfold.lanes import every_op, gpu, graphs, measure, offsets, repeats, sanitizer
+from headfold.lanes import every_op, gpu, graphs, measure, offsets, repeats, sanitizer, strides
 from headfold.lanes.capture import EQUAL
 from headfold.lanes.every_op import DTYPES, OPS, Inputs, calls, make_inputs, same_bits
 from headfold.lanes.parity import parity
@@ -108,6 +108,35 @@ def test_offsets_pass_and_wrong_reads_and_writes_are_found(monkeypatch: pytest.M
     assert [row["check"] for row in lane().rows if row["verdict"] == FAIL] == [
         "index_topk, strides", "index_scores, 40 x 33 scores", "index_mask, 40 x 33 entries",
     ]  # fmt: skip
+
+
+def test_strides_pass_and_a_tensor_that_is_read_as_if_it_were_dense_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    def lane() -> Lane:
+        return strides.strides(CPU, impls=EAGER, dtypes=DTYPES[2:3], widths=(16,))
+
+    passed = lane()
+    assert verdicts(passed) == {PASS}
+    assert {row["op"] for row in passed.rows} == set(OPS) - {"index_mask", "update_index_mask_"}
+    attend = OPS["sparse_attention"]
+
+    def dense_values(x: Inputs, impl: str) -> list[Tensor]:
+        value = x.value.as_strided(x.value.shape, x.value.contiguous().stride())
+        return attend(x._replace(value=value), impl)
+
+    monkeypatch.setitem(OPS, "sparse_attention", dense_values)
+    failed = [row for row in lane().rows if row["verdict"] == FAIL]
+    assert [row["op"] for row in failed] == ["sparse_attention"]
+    assert "value: [0, 1, 2" in failed[0]["differing"]
+    assert not failed[0]["differing"].startswith(("query:", "key:"))
+
+
+def test_what_lies_apart_has_no_aligned_rows_and_the_same_numbers() -> None:
+    dense = make_inputs(CPU, torch.float32, sq=9, sk=7)
+    moved = strides.apart(dense, "q", "key")
+    for x, y in zip(moved, dense, strict=True):
+        assert torch.equal(x, y)
+    assert all(n % 16 for x in (moved.q, moved.key) for n in x.stride())
+    assert moved.weights is dense.weights
 
 
 def test_a_step_makes_every_result_and_gradient() -> None:
@@ -220,7 +249,15 @@ def test_the_jobs_cover_both_backends_and_every_promise() -> None:
     names = [job.name for job in (*gpu.memory_jobs(), *gpu.other_jobs())]
     assert len(names) == len(set(names))
     for impl in every_op.IMPLS:
-        for part in ("parity", "selection parity", "training parity", "repeats", "offsets", "selection residency"):
+        for part in (
+            "parity",
+            "selection parity",
+            "training parity",
+            "repeats",
+            "strides",
+            "offsets",
+            "selection residency",
+        ):
             assert f"{part}, {impl}" in names
         for dtype in gpu.DTYPES:
             assert f"residency, full shape, {dtype}, {impl}" in names

@@ -25,6 +25,7 @@ from test_attention import assert_same, checked, public, results
 
 triton = pytest.importorskip("triton", reason="Triton is not installed")
 attention_backward = import_module("headfold.backends.triton.attention_backward")
+attention_cuts = import_module("headfold.backends.triton.attention_cuts")
 picks = import_module("headfold.backends.triton.picks")
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
@@ -362,3 +363,14 @@ def test_the_bodies_read_no_data() -> None:
         out, _ = bodies.sparse_attention(*call.inputs, *call.options, True, True)
         needs = True, True, True, True
         bodies.sparse_attention_backward(torch.ones_like(out), *call.inputs, *call.options, True, needs)
+
+
+def test_keys_that_are_read_through_registers_take_a_smaller_tile_on_hopper(monkeypatch: pytest.MonkeyPatch) -> None:
+    query, wide = torch.zeros(1, 2, 4, 64, dtype=torch.bfloat16), torch.zeros(1, 8, 2, 80, dtype=torch.bfloat16)
+    key, within, later = torch.zeros(1, 8, 2, 64, dtype=torch.bfloat16), wide[..., :64], wide[..., 3:67]
+    for arch, sizes in (("sm_90", [64, 64, 32, 32]), ("sm_100", [64] * 4)):
+        monkeypatch.setattr(attention_cuts, "arch_of", lambda device, arch=arch: arch)
+        values = key, within, later, key.transpose(2, 3).contiguous().transpose(2, 3)
+        assert [attention_cuts.cut("attention", query, key, value)["BN"] for value in values] == sizes
+        exact = attention_cuts.cut("attention", query.float(), key.float(), later.float())
+        assert exact["BN"] == attention_cuts.cut("attention", query.float(), key.float())["BN"] < 32

@@ -37,6 +37,7 @@ from headfold.lanes.repeats import repeats
 from headfold.lanes.residency import SMALL_CHANGE, residency, selection_residency, training_residency
 from headfold.lanes.sanitizer import sanitizer
 from headfold.lanes.selection_parity import selection_parity
+from headfold.lanes.strides import strides
 from headfold.lanes.training_parity import training_parity
 from headfold.presets import SHAPES
 from headfold.tiles import DEFAULT_WORKSPACE
@@ -115,6 +116,7 @@ def other_jobs() -> list[Job]:
         ):
             jobs.append(Job(f"{name}, {impl}", run, (CHECKED,), {"impl": impl}))
         jobs.append(Job(f"repeats, {impl}", repeats, (), {"impls": (impl,)}))
+        jobs.append(Job(f"strides, {impl}", strides, (), {"impls": (impl,)}))
     return [*jobs, Job("sanitizer", sanitizer, seconds=120.0), Job("graphs", graphs), Job("capture", capture)]
 
 

@@ -9,7 +9,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from headfold.lanes.every_op import IMPLS, MASKS, OPS, Inputs, calls, differentiate, make_inputs, name_of, same_bits
+from headfold.lanes.every_op import (
+    IMPLS,
+    MASKS,
+    OPS,
+    Inputs,
+    calls,
+    differentiate,
+    make_inputs,
+    name_of,
+    nearly,
+    same_bits,
+)
 from headfold.lanes.record import FAIL, PASS, Column, Lane, Row, Track, no_track
 from headfold.mask import index_mask
 from headfold.scores import index_scores
@@ -86,21 +97,8 @@ def _read_far(op: str, impl: str, dtype: torch.dtype, device: torch.device, far:
     near = make_inputs(device, dtype, sq=40, sk=70, topk=20)
     expected = OPS[op](near, impl)
     results = OPS[op](spread(near, far), impl)
-    differing = [i for i, (x, y) in enumerate(zip(results, expected, strict=True)) if not _nearly(x, y)]
+    differing = [i for i, (x, y) in enumerate(zip(results, expected, strict=True)) if not nearly(x, y)]
     return f"results {differing} differ" if differing else EQUAL
-
-
-def _nearly(x: Tensor, y: Tensor) -> bool:
-    """Whether two results are equal but for a rounding: a kernel sums in the layout that it is compiled to load.
-
-    What is read from elsewhere is off by more than that.
-    """
-    if same_bits(x, y):
-        return True
-    if not y.is_floating_point() or not y.isfinite().all():
-        return False
-    near = 2 * torch.finfo(y.dtype).eps * y.double().abs().max()
-    return bool((x.double() - y.double()).abs().max() <= near)
 
 
 def _whole(shape: tuple[int, ...], device: torch.device, seed: int) -> Tensor:

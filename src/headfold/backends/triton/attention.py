@@ -60,9 +60,9 @@ def sparse_attention(
     lse = torch.empty(b, heads, sq, dtype=compute_dtype(query.dtype), device=query.device) if with_lse else None
     if b * sq == 0:
         return out, lse
-    walk, tile = _forward_tile(query, key, indices), cut("attention", query, key)
+    walk, values = _forward_tile(query, key, indices), key if value is None else value
+    tile = cut("attention", query, key, values)
     picks, sink = Picks(walk, query), None if sink is None else sink.contiguous()
-    values = key if value is None else value
     grid_heads = key.shape[2] * triton.cdiv(heads // key.shape[2], tile["BH"])
     for rows in blocks(b * sq, walk.block):
         if walk.topk:

@@ -132,7 +132,7 @@ class _Backward:
 
     def rows(self, dq: Tensor | None, g: Tensor, rows: tuple[int, int]) -> None:
         """Make what each row needs, and its dq."""
-        key_heads, tile = self.key.shape[2], cut("attention_rows", self.query, self.key)
+        key_heads, tile = self.key.shape[2], cut("attention_rows", self.query, self.key, self.values)
         grid = rows[1] - rows[0], key_heads * triton.cdiv(self.query.shape[2] // key_heads, tile["BH"])
         launch(
             row_gradients, grid,
@@ -183,7 +183,11 @@ class _Backward:
         self, scatter: Scatter, dk: Tensor | None, through_values: Tensor | None, g: Tensor, rows: tuple[int, int]
     ) -> None:
         walk, key_heads, heads = self.walk, self.key.shape[2], self.query.shape[2]
-        tile, group, dim = cut("attention_keys", self.query, self.key), heads // key_heads, self.query.shape[3]
+        tile, group, dim = (
+            cut("attention_keys", self.query, self.key, self.values),
+            heads // key_heads,
+            self.query.shape[3],
+        )
         constants = {"H": heads, "GROUP": group, "D": dim, "V": self.v_dim, **self.streamed}
         scatter.rank(self.picks, rows[1] - rows[0])
         for slab in blocks(rows[1] - rows[0], walk.rows):

@@ -5,11 +5,15 @@ from __future__ import annotations
 import triton
 from torch import Tensor
 
+from headfold.backends.triton.launch import is_aligned
 from headfold.backends.triton.products import NARROWEST, pieces
 from headfold.backends.triton.table import arch_of, tile
 
 # Channels of a block at most.
 WIDEST = 128
+# Keys of a tile that is read through registers on sm_90. From 64 on, its product and the one after it are both of
+# operands in shared memory, at one place in turn, and ptxas 12.8 (of Triton 3.6) then reads the second from elsewhere.
+UNALIGNED = 32
 
 
 def widths(query: Tensor, key: Tensor, v_dim: int, shared: bool) -> dict[str, int | bool]:
@@ -30,12 +34,14 @@ def channel_blocks(width: int) -> dict[str, int]:
     return {"S": size, "N": first // size, "R": rest, "P": first // size + (rest > 0)}
 
 
-def cut(kernel: str, query: Tensor, key: Tensor) -> dict[str, int]:
-    """Return tile and launch of a kernel, as its constants."""
-    group = query.shape[2] // key.shape[2]
-    row = tile(kernel, arch_of(query.device), query.dtype, query.shape[3], group)
-    heads = min(row.rows, max(NARROWEST, triton.next_power_of_2(group)))
-    return {"BH": heads, "BN": row.keys, "STAGES": row.stages, "num_warps": row.warps}
+def cut(kernel: str, query: Tensor, *gathered: Tensor) -> dict[str, int]:
+    """Return tile and launch of a kernel, as its constants.   gathered: keys, and what else has their rows."""
+    group, arch = query.shape[2] // gathered[0].shape[2], arch_of(query.device)
+    row = tile(kernel, arch, query.dtype, query.shape[3], group)
+    heads, keys = min(row.rows, max(NARROWEST, triton.next_power_of_2(group))), row.keys
+    if arch == "sm_90" and query.dtype.itemsize == 2 and not all(map(is_aligned, gathered)):
+        keys = min(keys, UNALIGNED)
+    return {"BH": heads, "BN": keys, "STAGES": row.stages, "num_warps": row.warps}
 
 
 def masked_cut(query: Tensor, key: Tensor) -> dict[str, int]:

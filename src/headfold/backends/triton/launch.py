@@ -93,6 +93,12 @@ def traits_of_numbers(numbers: Values) -> int:
     return traits
 
 
+def is_aligned(x: Tensor) -> bool:
+    """Whether kernels are compiled to read a tensor in vectors: neighbours of the last axis are, whatever the rows."""
+    *strides, last = x.stride()
+    return last == 1 and x.data_ptr() % _ALIGNED == 0 and all(n % _ALIGNED == 0 for n in strides)
+
+
 def _is_narrow(x: int) -> bool:
     return -(2**31) <= x < 2**31
 
