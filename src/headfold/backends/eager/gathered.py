@@ -200,10 +200,12 @@ class _GatheredBackward:
                     logits = head(s.logits, *keys.shape[:2], query.shape[1])
                     torch.bmm(keys, query.transpose(1, 2), out=logits)
                     if totals is not None:
-                        self._add_weight_sums(totals, incoming, logits.relu_())
+                        self._add_sums(totals, incoming, logits.relu_(), self.part)
                     a = threshold_backward(a, logits, 0, grad_input=logits)
-                if u is not None:
+                if u is not None and relu:
                     u.baddbmm_(a.transpose(1, 2), keys)
+                elif u is not None:
+                    self._add_sums(u.squeeze(1), incoming, keys, self.weighted)
                 if dk is not None:
                     dkeys = torch.bmm(a, operand, out=head(self.dkeys, *keys.shape))
                     scatter_add(dk, picked.view(-1), dkeys.flatten(0, 1))
@@ -214,21 +216,21 @@ class _GatheredBackward:
             if dq is not None and u is not None:
                 dq[slice(*row)] = torch.mul(u, factors.unsqueeze(-1), out=weighted)
 
-    def _add_weight_sums(self, totals: Tensor, g: Tensor, rectified: Tensor) -> None:
-        """Add Σ_t g [rows, t] · rectified [rows, t, h] to totals [rows, h], in the memory that dkeys take later.
+    def _add_sums(self, totals: Tensor, g: Tensor, x: Tensor, part: Tensor) -> None:
+        """Add Σ_t g [rows, t] · x [rows, t, n] to totals [rows, n], in memory of `part` and in what dkeys take later.
 
         Summed in pairs: a CPU's product would sum as many terms as there are picks in one chain. On an accelerator the
         product splits them itself, and a sum would take scratch for that.
         """
         if g.device.type != "cpu":
-            totals.unsqueeze(1).baddbmm_(g.unsqueeze(1), rectified)
+            totals.unsqueeze(1).baddbmm_(g.unsqueeze(1), x)
             return
-        rows, picks, h = rectified.shape
-        for part in blocks(picks, max(1, self.dkeys.numel() // (rows * h))):
-            span = slice(*part)
-            terms = head(self.dkeys, rows, part[1] - part[0], h)
-            torch.mul(rectified[:, span], g[:, span].unsqueeze(2), out=terms)
-            totals += torch.sum(terms, 1, out=head(self.part, rows, h))
+        rows, picks, n = x.shape
+        for some in blocks(picks, max(1, self.dkeys.numel() // (rows * n))):
+            span = slice(*some)
+            terms = head(self.dkeys, rows, some[1] - some[0], n)
+            torch.mul(x[:, span], g[:, span].unsqueeze(2), out=terms)
+            totals += torch.sum(terms, 1, out=head(part, rows, n))
 
 
 def _rows(x: Tensor | None, row: tuple[int, int]) -> Tensor | None:
