@@ -26,7 +26,7 @@ from headfold.contract import UnsupportedError
 from headfold.geometry import IndexerGeometry
 from headfold.lanes import measure
 from headfold.lanes.capture import capture
-from headfold.lanes.every_op import IMPLS
+from headfold.lanes.every_op import IMPLS, name_of
 from headfold.lanes.graphs import graphs
 from headfold.lanes.offsets import offsets
 from headfold.lanes.parity import parity
@@ -116,7 +116,9 @@ def other_jobs() -> list[Job]:
         ):
             jobs.append(Job(f"{name}, {impl}", run, (CHECKED,), {"impl": impl}))
         jobs.append(Job(f"repeats, {impl}", repeats, (), {"impls": (impl,)}))
-        jobs.append(Job(f"strides, {impl}", strides, (), {"impls": (impl,)}))
+    for dtype, width in ((torch.bfloat16, 64), (torch.float16, 128)):
+        options = {"impls": ("triton",), "dtypes": (dtype,), "widths": (width,)}
+        jobs.append(Job(f"strides, {name_of(dtype)}, width {width}", strides, (), options))
     return [*jobs, Job("sanitizer", sanitizer, seconds=120.0), Job("graphs", graphs), Job("capture", capture)]
 
 
