@@ -14,8 +14,9 @@ from headfold.tiles import MIB
 
 # A slab of scores stays in L2 between the kernel that fills it and the one that selects from it (50 MB on an H100).
 _SLAB_BYTES = 32 * MIB
-# What is kept of the rows of some slabs until it is sorted: a slab of long rows has too few of them to fill a chip.
-# With a slab this leaves the default workspace room to spare.
+# What is kept of the rows of some slabs until it is sorted: a slab of long rows has too few of them to fill a chip. Of
+# that, half is room for a slab's rows that are too long to be cut at once. With a slab it leaves the default workspace
+# room to spare.
 _KEPT_BYTES = 30 * MIB
 # The fixed grid: slabs begin at a multiple of so many rows, and of the rows that one program scores, so that a row has
 # one place in its tile whatever the workspace. Fewer where even those are large: no GPU's product depends on the place.
@@ -27,6 +28,8 @@ PADDING = 64
 # Keys that may be kept for the cut. The pivot of a sample of 1024 keys leaves 2700 above it where one key in eight of
 # 16384 is selected, give or take 700 (3.5 deviations), and more in longer rows, which take a larger sample.
 _CAPACITY, _CAPACITY_LONG, _LONG = 4096, 8192, 65536
+# Orders of 4 bytes that registers hold of a row while it is cut, all of them where it has no more keys.
+_HELD = 4096
 # The sorting network takes two blocks in registers: as many as are kept, or two of these at a time.
 _SORTED = 1024
 _KEY = 4  # bytes of an int32
@@ -37,20 +40,28 @@ _GRID = 65535  # programs along the second and third axis of a CUDA grid, which 
 class Kept:
     """Scratch to select `topk` keys of so many rows before they are sorted, whose scores have `size` bytes.
 
-    capacity: how many keys of a row may be kept for its cut, at least topk.
+    room: rows that are cut at a time of those with more than `held` keys.   capacity: how many keys of such a row may
+    be kept for its cut, at least topk.
     """
 
     rows: int
+    room: int
     topk: int
     capacity: int
     size: int
 
     @classmethod
     def of(cls, rows: int, sk: int, topk: int, size: int) -> Kept:
-        """Return the scratch for rows of sk keys."""
+        """Return the scratch for rows of sk keys, all of which are cut at a time."""
         topk = min(topk, sk)
         capacity = max(topk, min(sk, _CAPACITY if sk <= _LONG else _CAPACITY_LONG))
-        return cls(rows, topk, capacity, size)
+        one = cls(rows, rows, topk, capacity, size)
+        return one if sk > one.held else replace(one, room=0)
+
+    @property
+    def held(self) -> int:
+        """Keys of a row that registers hold while it is cut."""
+        return min(_HELD * 4 // self.size, power_of_two(self.capacity))
 
     @property
     def block(self) -> int:
@@ -68,14 +79,20 @@ class Kept:
         return self.block * self.blocks if self.size == 4 and self.blocks > 2 else 0
 
     @property
-    def row_bytes(self) -> int:
-        """Scratch of one row: the order and key of what is kept, a count, and what is packed."""
-        return self.capacity * (self.size + _KEY) + _KEY + 8 * self.packed
+    def line_bytes(self) -> int:
+        """Scratch of a row until it is sorted: orders, a count, what is packed, and keys that have no other place."""
+        keys = self.topk * _KEY if self.size == 8 else 0
+        return self.topk * self.size + keys + _KEY + 8 * self.packed
+
+    @property
+    def room_bytes(self) -> int:
+        """Scratch of a row until it is cut: what may be kept of its scores and keys."""
+        return self.capacity * (self.size + _KEY)
 
     @property
     def scratch_bytes(self) -> int:
         """Scratch of all rows."""
-        return self.rows * self.row_bytes
+        return self.rows * self.line_bytes + self.room * self.room_bytes
 
 
 @dataclass(frozen=True)
@@ -97,18 +114,28 @@ class SlabSelection:
     ) -> SlabSelection:
         """Return the fold that a workspace leaves room for, or the smallest there is."""
         one = Kept.of(1, sk, topk, size)
-        scored, kept_row = padded(sk) * size, one.row_bytes + (0 if relu else d * size)
+        scored, line, room_row = (
+            padded(sk) * size,
+            one.line_bytes + (0 if relu else d * size),
+            one.room * one.room_bytes,
+        )
         least = max(_ROWS, _PRODUCT_ROWS >> (h - 1).bit_length())
-        while least > 1 and min(sq, least) * (scored + kept_row) > _LEAST_BYTES:
+        while least > 1 and min(sq, least) * (scored + line + room_row) > _LEAST_BYTES:
             least //= 2
         least = max(1, min(sq, least))
         most = max(1, b) * -(-sq // least) * least
+
+        def fitting(space: int, row_bytes: int) -> int:
+            return max(least, min(most, space // row_bytes // least * least, _GRID // least * least))
+
         # A slab of rows that see few keys has more of them, so what is kept has a share of its own.
         space = min(_KEPT_BYTES, workspace * 15 // 32, max(0, workspace - least * scored))
-        rows = max(least, min(most, space // kept_row // least * least, _GRID // least * least))
-        spare = workspace - rows * kept_row
+        room = fitting(space // 2, room_row) if room_row else 0
+        rows = fitting(space - room * room_row, line)
+        spare = workspace - rows * line - room * room_row
         elements = max(least, min(most, min(_SLAB_BYTES, spare) // max(1, scored))) * padded(sk)
-        return cls(replace(one, rows=rows), elements, least, ScoreTile(1, rows, sk, h, d, size, relu).folded_bytes)
+        kept = replace(one, rows=rows, room=room)
+        return cls(kept, elements, least, ScoreTile(1, rows, sk, h, d, size, relu).folded_bytes)
 
     @property
     def scratch_bytes(self) -> int:
@@ -120,7 +147,7 @@ class SlabSelection:
         batches = 1
         if self._rows(0, sq, limit) == sq:
             most = self.elements // max(1, sq * padded(limit(sq - 1)))
-            batches = max(1, min(b, self.kept.rows // max(1, sq), most))
+            batches = max(1, min(b, self._at_once(limit(sq - 1)) // max(1, sq), most))
         for batch in range(0, b, batches):
             row = 0
             while row < sq:
@@ -135,11 +162,16 @@ class SlabSelection:
 
         def crowded(grains: int) -> bool:
             rows = min(sq - row, grains * self.least)
-            return rows * padded(limit(row + rows - 1)) > self.elements
+            width = limit(row + rows - 1)
+            return rows * padded(width) > self.elements or rows > self._at_once(width)
 
         most = max(1, self.kept.rows // self.least)
         rows = self.least * max(1, bisect_left(range(1, most + 1), x=True, key=crowded))
         return min(sq - row, rows)
+
+    def _at_once(self, width: int) -> int:
+        """Return how many rows of so many keys there is scratch for."""
+        return self.kept.rows if width <= self.kept.held else min(self.kept.rows, self.kept.room)
 
 
 @dataclass(frozen=True)

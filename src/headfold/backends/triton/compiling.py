@@ -40,7 +40,8 @@ class Specimen:
     types: of every argument that is not a constant, as "*bf16", "i32" or "fp64"; a trailing ":16" says that the value
     is a multiple of 16, as pointers and most strides are.   constants: arguments by value: tl.constexpr ones, None,
     and strides of 1.   matrix: whether it has to use the tensor cores.   narrow: whether its tiles are too small for
-    the chip's first instruction, so that an older one will do.
+    the chip's first instruction, so that an older one will do.   registers: the most that a thread may take, where that
+    is not left to the compiler.
     """
 
     name: str
@@ -51,6 +52,7 @@ class Specimen:
     num_stages: int
     matrix: bool = True
     narrow: bool = False
+    registers: int | None = None
 
 
 @dataclass(frozen=True)
@@ -95,6 +97,8 @@ def compile_specimen(specimen: Specimen, arch: str) -> Compiled:
     aligned = {(names.index(n),): ALIGNED for n, kind in specimen.types.items() if kind.endswith(":16")}
     source = ASTSource(fn=specimen.kernel, signature=signature, constexprs=constants, attrs=aligned)
     options = {"num_warps": specimen.num_warps, "num_stages": specimen.num_stages}
+    if specimen.registers is not None and TARGETS[arch].backend == "cuda":
+        options["maxnreg"] = specimen.registers
     began = time.perf_counter()
     kernel = triton.compile(source, target=TARGETS[arch], options=options)
     return _inspect(kernel, arch, time.perf_counter() - began)

@@ -1,10 +1,10 @@
-"""Keys of every row of a slab of scores that hold its best ones, exactly, and at most as many as there is room for.
+"""The best keys of every row of a slab of scores, in no order: kept with some others, and cut to what is wanted.
 
-One program keeps one row. A sample of it says above which pivot the keys that are wanted lie, and some more; one
+One program takes one row. A sample of it says above which pivot the keys that are wanted lie, and some more; one
 walk over the row keeps those. Where the sample was wrong, the pivot is bisected over the row itself until it
 is right, and the walk is made again: the sample decides how long it takes, never what is selected in the end.
 
-Scores are compared as integers of their own width that have their order: equal zeros, and one NaN above all others.
+A row is kept and cut by one program: while a slab has so few rows that its programs wait for memory, cutting is free.
 """
 
 from __future__ import annotations
@@ -12,88 +12,15 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from headfold.backends.triton.cut import cut, read, seen
+from headfold.backends.triton.orders import between, bits_of, evenly_between, numbered, ordered, put, scores_of
 from headfold.backends.triton.visible import row_bounds
 
 # Deviations of the sample's count that the pivot lies below the cut, where there is room to keep so many; a wrong
 # sample costs time only.
 DEVIATIONS = tl.constexpr(4.5)
-
-
-@triton.jit
-def bits_of(x):
-    """Return a float's bits, as a signed integer of its width."""
-    return x.to(tl.int64, bitcast=True) if x.dtype.primitive_bitwidth == 64 else x.to(tl.int32, bitcast=True)
-
-
-@triton.jit
-def ordered(bits, TOP: tl.constexpr):
-    """Return signed integers in the order of the floats that have these bits: -0.0 is 0, NaN of either sign is TOP."""
-    if bits.dtype.primitive_bitwidth == 64:
-        order = bits ^ ((bits >> 63) & 0x7FFFFFFFFFFFFFFF)
-        nan = (bits & 0x7FFFFFFFFFFFFFFF) > 0x7FF0000000000000
-    else:
-        order = bits ^ ((bits >> 31) & 0x7FFFFFFF)
-        nan = (bits & 0x7FFFFFFF) > 0x7F800000
-    order = tl.where(order == -1, 0, order)  # only -0.0 is -1
-    return tl.where(nan, TOP, order)
-
-
-@triton.jit
-def scores_of(order, TOP: tl.constexpr):
-    """Return the floats that `ordered` made these integers of."""
-    if order.dtype.primitive_bitwidth == 64:
-        bits = tl.where(order == TOP, 0x7FF8000000000000, order ^ ((order >> 63) & 0x7FFFFFFFFFFFFFFF))
-        x = bits.to(tl.float64, bitcast=True)
-    else:
-        bits = tl.where(order == TOP, 0x7FC00000, order ^ ((order >> 31) & 0x7FFFFFFF))
-        x = bits.to(tl.float32, bitcast=True)
-    return x
-
-
-@triton.jit
-def between(low, high):
-    """Return the middle of two integers, rounded down, where their sum would overflow."""
-    return (low & high) + ((low ^ high) >> 1)
-
-
-@triton.jit
-def packed(order, key):
-    """Return an int32 and a key as one int64. Of an order, it has the total order: ties go to the smaller key."""
-    return (order.to(tl.int64) << 32) | (key ^ 0x7FFFFFFF).to(tl.int64)
-
-
-@triton.jit
-def key_of(both):
-    """Return the key of what is packed, as int64."""
-    return (both & 0xFFFFFFFF) ^ 0x7FFFFFFF
-
-
-@triton.jit
-def put(found, found_key, at, order, key, mask):
-    """Write orders (or bits) and keys to places of a row: in one int64 that holds both, else to two arrays.
-
-    found, found_key: the start of what is kept of a row, of one or of each.
-    """
-    if found_key is None:
-        tl.store(found + at, packed(order, key), mask=mask)
-    else:
-        tl.store(found + at, order, mask=mask)
-        tl.store(found_key + at, key, mask=mask)
-
-
-@triton.jit
-def numbered(chosen):
-    """Return a place for each of what is chosen [wide, deep], from 0 on, thread by thread, and how many there are.
-
-    A thread holds a row: of the sum over all of them only one value a row crosses threads.
-    """
-    one = chosen.to(tl.int32)
-    within = tl.cumsum(one, axis=1)
-    each = tl.sum(one, axis=1)
-    place = (tl.cumsum(each, axis=0) - each)[:, None] + (within - one)
-    # Places are no neighbours. Said to be, they are stored from the threads that they are in, by every Triton: stores
-    # are never merged beyond what their masks share, which is nothing.
-    return tl.max_contiguous(place, (2, 1)), tl.sum(each, axis=0)
+# As a share of the sample's keys above it, by how many more than are wanted the pivot is near enough.
+SLACK = tl.constexpr(32)
 
 
 @triton.jit
@@ -124,12 +51,20 @@ def _pivot(
     a, high = tl.full((), BOTTOM, ORDER), tl.full((), -BOTTOM, ORDER)
     if least > SAMPLE:
         high = a
+    more, fewer, steps = tl.full((), SAMPLE, tl.int32), tl.zeros((), tl.int32), tl.zeros((), tl.int32)
     while a < high - 1:
         middle = between(a, high)
+        if (steps % 2 == 1) & ((a < 0) == (high < 0)):
+            middle = evenly_between(a, high, more, fewer, least)
         above = tl.sum((order > middle).to(tl.int32), axis=0)
-        # At least `least` of the sample lie above `a`, fewer above `high`, unless as many do: then it is found.
-        high = tl.where(above < least, middle, tl.where(above == least, middle + 1, high))
-        a = tl.where(above < least, a, middle)
+        # At least `least` of the sample lie above `a`, fewer above `high`, unless few more do: then it is found.
+        if above < least:
+            high, fewer = middle, above
+        else:
+            a, more = middle, above
+            if above <= least + least // SLACK:
+                high = middle + 1
+        steps += 1
     return a
 
 
@@ -232,7 +167,12 @@ def _best(
     return kept
 
 
-@triton.jit(do_not_specialize=["sk", "topk", "capacity", "first_line", "offset", "scores_batch", "scores_row"])
+@triton.jit(
+    do_not_specialize=[
+        *("sk", "topk", "capacity", "first_line", "offset"),
+        *("scores_batch", "scores_row", "indices_batch", "indices_row", "results_batch", "results_row"),
+    ]
+)
 def keep_kernel(
     scores,
     start,
@@ -240,6 +180,10 @@ def keep_kernel(
     found,
     found_key,
     count,
+    orders,
+    keys,
+    indices,
+    results,
     sk,
     topk,
     capacity,
@@ -251,6 +195,10 @@ def keep_kernel(
     start_row,
     end_batch,
     end_row,
+    indices_batch,
+    indices_row,
+    results_batch,
+    results_row,
     RATIO: tl.constexpr,
     HAS_OFFSET: tl.constexpr,
     BOTTOM: tl.constexpr,
@@ -258,21 +206,32 @@ def keep_kernel(
     ORDER: tl.constexpr,
     SAMPLE: tl.constexpr,
     DEEP: tl.constexpr,
+    HELD: tl.constexpr,
     WIDE: tl.constexpr,
 ):
-    """Keep at least the best topk keys of a row that score above -inf, and at most capacity, in no order.
+    """Write the best topk keys of a row that score above -inf, in no order.
 
-    Where there is room for all keys all are kept, -inf or not; else only what is above it.
-
-    found: [lines, capacity], int64 of a score's bits and key, or bits alone with found_key beside them. Rows of all
-    batches are lines from `first_line` on; capacity is at least topk.   count: int32 [lines], how many are kept.
+    found: [rows, capacity], int64 of bits and keys of what is kept of each, or bits alone with found_key beside them;
+    capacity is at least topk, and neither is used for a row whose keys registers hold.   indices: the keys, unless
+    those go to `keys` [lines, topk].   results: their scores.   orders: [lines, topk].   count: int32 [lines], how
+    many there are. Each but count may be None. Rows of all batches are lines from `first_line` on.
+    HELD: keys that a thread holds while the row is cut.
     """
     row, batch = tl.program_id(0), tl.program_id(1).to(tl.int64)
-    line = first_line + batch * tl.num_programs(0) + row
+    room = batch * tl.num_programs(0) + row
+    line = first_line + room
     scores += batch * scores_batch + row.to(tl.int64) * scores_row
-    found += line * capacity
+    found += room * capacity
     if found_key is not None:
-        found_key += line * capacity
+        found_key += room * capacity
+    if orders is not None:
+        orders += line * topk
+    if results is not None:
+        results += batch * results_batch + row.to(tl.int64) * results_row
+    if keys is not None:
+        written = keys + line * topk
+    else:
+        written = indices + batch * indices_batch + row.to(tl.int64) * indices_row
     if start is not None:
         start += batch * start_batch
     if end is not None:
@@ -282,12 +241,19 @@ def keep_kernel(
     low, high = tl.max(lows, axis=0), tl.max(highs, axis=0)
     n = tl.maximum(high - low, 0)
 
-    if n <= capacity:
-        for first in range(low, high, DEEP * WIDE):
-            t = _keys(first, DEEP, WIDE)
-            x = tl.load(scores + t, mask=t < high, other=float("-inf"))
-            put(found, found_key, t - low, bits_of(x), t, t < high)
-        tl.store(count + line, n)
+    if n <= HELD * WIDE:
+        kept = n
+        order, key = seen(scores, low, n, TOP, HELD, WIDE)
     else:
-        kept = _best(scores, found, found_key, low, high, topk, capacity, BOTTOM, TOP, ORDER, SAMPLE, DEEP, WIDE)
-        tl.store(count + line, kept)
+        if n <= capacity:
+            for first in range(low, high, DEEP * WIDE):
+                t = _keys(first, DEEP, WIDE)
+                x = tl.load(scores + t, mask=t < high, other=float("-inf"))
+                put(found, found_key, t - low, bits_of(x), t, t < high)
+            kept = n
+        else:
+            kept = _best(scores, found, found_key, low, high, topk, capacity, BOTTOM, TOP, ORDER, SAMPLE, DEEP, WIDE)
+        tl.debug_barrier()
+        order, key = read(found, found_key, 0, kept, TOP, HELD, WIDE)
+    many = cut(order, key, found, found_key, kept, topk, orders, written, results, BOTTOM, TOP, HELD, WIDE)
+    tl.store(count + line, many)

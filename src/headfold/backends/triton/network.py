@@ -25,10 +25,23 @@ def _exchange(x, AXIS: tl.constexpr, AXES: tl.constexpr):
 
 
 @triton.jit
-def descending(x, LOG: tl.constexpr):
+def _exchange_warps(x, AXIS: tl.constexpr, LOG: tl.constexpr, LANES: tl.constexpr):
+    """Exchange as `_exchange` does along an axis that lies on warps: neighbours in memory are neighbours on threads."""
+    COUNT: tl.constexpr = 1 << LOG
+    e = tl.arange(0, COUNT)
+    flat = tl.reshape(tl.trans(tl.reshape(x, (1 << LANES, COUNT >> LANES))), (COUNT,))
+    # LANES axes are those of the threads, the first of them the most significant.
+    flat = tl.gather(flat, e ^ (1 << (LANES - 1 - AXIS)), 0)
+    other = tl.reshape(tl.trans(tl.reshape(flat, (COUNT >> LANES, 1 << LANES))), [2] * LOG)
+    return tl.where(_bit(AXIS, LOG) != 0, tl.minimum(x, other), tl.maximum(x, other))
+
+
+@triton.jit
+def descending(x, LOG: tl.constexpr, LANES: tl.constexpr):
     """Sort uint32 [2 ** LOG], of which no two are equal but zeros, the largest first.
 
-    Runs that are to ascend are complemented while they are merged: then every exchange has one direction.
+    Runs that are to ascend are complemented while they are merged: then every exchange has one direction.   LANES: as
+    of `places_by`; what they are more than the lanes of a warp are warps.
     """
     x = tl.reshape(x, [2] * LOG)
     for run in tl.static_range(1, LOG + 1):
@@ -36,7 +49,10 @@ def descending(x, LOG: tl.constexpr):
             complement = (-_bit(LOG - 1 - run, LOG)).to(tl.uint32, bitcast=True)
             x = x ^ complement
         for step in tl.static_range(0, run):
-            x = _exchange(x, LOG - run + step, LOG)
+            if LOG - run + step < LANES - 5:
+                x = _exchange_warps(x, LOG - run + step, LOG, LANES)
+            else:
+                x = _exchange(x, LOG - run + step, LOG)
         if run < LOG:
             x = x ^ complement
     return tl.reshape(x, (1 << LOG,))
@@ -59,4 +75,4 @@ def places_by(order, live, LOG: tl.constexpr, LANES: tl.constexpr):
     both = ((apart >> shift) << LOG) | (COUNT - 1 - place).to(tl.uint32)
     both = tl.where(live, both, 0)
     both = tl.reshape(tl.trans(tl.reshape(both, (COUNT >> LANES, 1 << LANES))), (COUNT,))
-    return COUNT - 1 - (descending(both, LOG) & (COUNT - 1)).to(tl.int32)
+    return COUNT - 1 - (descending(both, LOG, LANES) & (COUNT - 1)).to(tl.int32)

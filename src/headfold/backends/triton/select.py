@@ -8,21 +8,21 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
-from headfold.backends.triton.cut import cut_kernel
 from headfold.backends.triton.keep import keep_kernel
 from headfold.backends.triton.launch import launch
 from headfold.backends.triton.order import count_kernel, merge_kernel, order_kernel, write_kernel
 from headfold.backends.triton.table import arch_of
 from headfold.backends.triton.visible import bound_strides
-from headfold.triton_tiles import Kept, cdiv, power_of_two
+from headfold.triton_tiles import Kept, cdiv
 
 
 class Row(NamedTuple):
     """Sizes of the selecting kernels for rows of up to `sk` keys.
 
-    deep, sample: keys that a thread takes in one step of a walk, and keys of the sample.   warps, order_warps: of the
-    programs that keep rows, and that sort them whole.   pairs: kept keys that one program of `count_kernel` compares
-    with as many others.
+    deep, sample: keys that a thread takes in one step of a walk, and keys of the sample.   warps, registers: of the
+    programs that keep rows, and of their threads, at most; left to itself, ptxas spills some to run more programs than
+    a slab has rows.   order_warps: of those that sort rows whole; one exchanges without waiting for others.   pairs:
+    kept keys that one program of `count_kernel` compares with as many others.
     """
 
     arch: str
@@ -30,22 +30,22 @@ class Row(NamedTuple):
     deep: int
     sample: int
     warps: int
+    registers: int
     order_warps: int
     pairs: int
 
 
 ANY = 1 << 31
-# Of programs that cut rows, sort their parts and write them.
+# Of programs that write rows, or sort their parts.
 PART_WARPS = 4
-# Orders that stay in registers while a row is cut, and what a thread then takes in one step of moving them.
-HELD, MOVED = 4096, 8
 # The sample grows where more keys lie above its pivot than may be kept.
 TILES = (
-    Row("cpu", ANY, 8, 64, 1, 1, 32),
-    Row("*", 2048, 8, 256, 4, 4, 64),
-    Row("*", 32768, 16, 2048, 4, 4, 64),
-    Row("*", 65536, 8, 4096, 8, 4, 64),
-    Row("*", ANY, 8, 4096, 16, 4, 64),
+    # arch, sk, deep, sample, warps, registers, order_warps, pairs
+    Row("cpu", ANY, 8, 64, 1, 255, 1, 32),
+    Row("*", 2048, 8, 256, 4, 168, 4, 64),
+    Row("*", 32768, 8, 2048, 4, 168, 4, 64),
+    Row("*", 65536, 8, 4096, 8, 128, 4, 64),
+    Row("*", ANY, 8, 4096, 16, 128, 4, 64),
 )
 
 
@@ -64,18 +64,21 @@ ORDERS = {
 
 
 class Scratch:
-    """Buffers for what is kept of rows, made once and used by every slab: a line for each row until it is sorted."""
+    """Buffers for what is kept of rows, used by every slab: room while a row is cut, lines until they are sorted."""
 
     def __init__(self, plan: Kept, device: torch.device) -> None:
         def empty(count: int, dtype: torch.dtype) -> Tensor:
             return torch.empty(count, dtype=dtype, device=device)
 
+        # A float64 score leaves no room for its key, and is not put in order where its key is written.
+        wide = plan.size == 8
         self.plan = plan
+        self.found = empty(plan.room * plan.capacity, torch.int64)
+        self.found_key = empty(plan.room * plan.capacity, torch.int32) if wide else None
         self.count = empty(plan.rows, torch.int32)
+        self.orders = empty(plan.rows * plan.topk, torch.int64 if wide else torch.int32)
+        self.keys = empty(plan.rows * plan.topk, torch.int32) if wide else None
         self.packed = empty(plan.rows * plan.packed, torch.int64)
-        self.found = empty(plan.rows * plan.capacity, torch.int64)
-        # A float64 score leaves no room for its key.
-        self.found_key = empty(plan.rows * plan.capacity, torch.int32) if plan.size == 8 else None
 
 
 def row_of(arch: str, sk: int) -> Row:
@@ -98,20 +101,30 @@ def select(
     indices: int32 or int64 [b, rows, topk], dense along topk, which is the scratch's.   scores: as indices, in the
     slab's dtype, or None.   The rest is as of `keep`.
     """
-    keep(slab, start, end, offset, ratio, scratch, 0)
+    indices.fill_(-1)
+    if scores is not None:
+        scores.fill_(float("-inf"))
+    keep(slab, indices, scores, start, end, offset, ratio, scratch, 0, in_order=True)
     finish(indices, scores, slab.dtype, scratch)
 
 
 def keep(
     slab: Tensor,
+    indices: Tensor,
+    scores: Tensor | None,
     start: Tensor | None,
     end: Tensor | None,
     offset: int | None,
     ratio: int,
     scratch: Scratch,
     line: int,
+    *,
+    in_order: bool,
 ) -> None:
-    """Write keys of every row of a slab to the lines of the scratch from `line` on, its best topk among them.
+    """Write the best topk keys of every row of a slab, in no order: to indices and scores that hold -1 and -inf.
+
+    They are results, unless they have to be put in order: then `finish` takes them, and lines of the scratch from
+    `line` on, which are written too. float64 scores are put in order whether or not they have to be.
 
     slab: float32 or float64 [b, rows, sk], dense along keys, -inf where a key is not visible.
     start, end: int32 [1 or b, rows] or None; offset, ratio: the static bound of the slab's first row: they bound
@@ -119,6 +132,7 @@ def keep(
     """
     plan, tile, ordered = scratch.plan, row_of(arch_of(slab.device), slab.shape[2]), ORDERS[slab.dtype]
     b, rows, sk = slab.shape
+    waits = in_order or plan.size == 8
     if b * rows * plan.topk == 0:
         return
     with torch.cuda.device_of(slab):
@@ -131,6 +145,10 @@ def keep(
             scratch.found,
             scratch.found_key,
             scratch.count,
+            scratch.orders if waits else None,
+            scratch.keys,
+            indices,
+            None if waits else scores,
             sk,
             plan.topk,
             plan.capacity,
@@ -140,6 +158,8 @@ def keep(
             slab.stride(1),
             *bound_strides(start),
             *bound_strides(end),
+            *indices.stride()[:2],
+            *((0, 0) if scores is None else scores.stride()[:2]),
             RATIO=ratio,
             HAS_OFFSET=offset is not None,
             BOTTOM=ordered.bottom,
@@ -147,58 +167,43 @@ def keep(
             ORDER=ordered.dtype,
             SAMPLE=tile.sample,
             DEEP=deep(tile, slab.dtype),
+            HELD=held(tile, plan),
             WIDE=32 * tile.warps,
             num_warps=tile.warps,
+            **({"maxnreg": tile.registers} if torch.version.hip is None else {}),
         )
 
 
 def finish(
     indices: Tensor, scores: Tensor | None, dtype: torch.dtype, scratch: Scratch, *, in_order: bool = True
 ) -> None:
-    """Cut the first b · rows lines of the scratch, kept from scores of `dtype`, and write them: results as of `select`.
-
-    in_order: whether they have to be in the total order; float64 scores are, whether or not.
-    """
-    if indices.numel() == 0:
+    """Put rows of results in order that `keep` wrote, from scores of `dtype`, with the first lines of the scratch."""
+    if indices.numel() == 0 or (scratch.plan.size == 4 and not in_order):
         return
     with torch.cuda.device_of(indices):
-        _finish(indices, scores, ORDERS[dtype].top, scratch, in_order)
+        _finish(indices, scores, ORDERS[dtype].top, scratch)
 
 
-def _finish(indices: Tensor, scores: Tensor | None, top: int, scratch: Scratch, in_order: bool) -> None:
+def _finish(indices: Tensor, scores: Tensor | None, top: int, scratch: Scratch) -> None:
     plan, tile = scratch.plan, row_of(arch_of(indices.device), 1)
     b, rows, topk = indices.shape
     strides = *indices.stride()[:2], *((0, 0) if scores is None else scores.stride()[:2])
     results = indices, scores, topk
-    if plan.size == 4 and (plan.blocks == 2 or not in_order):
-        warps = tile.order_warps
-        constants = {"TOP": top, "IN_ORDER": in_order, **network(plan.block, warps), **cut_constants(plan, warps)}
-        launch(
-            order_kernel,
-            (rows, 1, b),
-            scratch.found,
-            scratch.count,
-            *results,
-            plan.capacity,
-            *strides,
-            **constants,
-            num_warps=warps,
-        )
-        return
-    kept = scratch.found, scratch.found_key, scratch.count
-    cutting = {"TOP": top, **cut_constants(plan, PART_WARPS), "num_warps": PART_WARPS}
-    launch(cut_kernel, (b * rows,), *kept, topk, plan.capacity, **cutting)
     if plan.size == 8:
-        grid = rows, cdiv(topk, tile.pairs), b
+        grid, kept = (rows, cdiv(topk, tile.pairs), b), (scratch.orders, scratch.keys, scratch.count)
         constants = {"TOP": top, "BLOCK": tile.pairs, "num_warps": PART_WARPS}
-        launch(count_kernel, grid, *kept, *results, plan.capacity, *strides, **constants)
+        launch(count_kernel, grid, *kept, *results, *strides, **constants)
+        return
+    if plan.blocks == 2:
+        constants = {"TOP": top, **network(plan.block, tile.order_warps), "num_warps": tile.order_warps}
+        launch(order_kernel, (rows, 1, b), scratch.orders, scratch.count, *results, *strides, **constants)
         return
     for period, apart in rounds(plan.blocks):
         first = period == 1
         grid = rows, plan.blocks // 2 if first else plan.blocks - apart, b
         constants = {"BLOCK": plan.block, "FIRST": first, "num_warps": PART_WARPS}
-        run = plan.capacity, plan.blocks, period, apart
-        launch(merge_kernel, grid, scratch.found, scratch.count, scratch.packed, *run, **constants)
+        run = topk, plan.blocks, period, apart, *strides[:2]
+        launch(merge_kernel, grid, scratch.orders, scratch.count, indices, scratch.packed, *run, **constants)
     grid = rows, cdiv(topk, plan.block), b
     constants = {"TOP": top, "STEP": plan.block, "num_warps": PART_WARPS}
     launch(write_kernel, grid, scratch.packed, *results, plan.blocks * plan.block, *strides, **constants)
@@ -213,14 +218,12 @@ def network(block: int, warps: int) -> dict[str, int]:
     """Return the constants of a network over two blocks."""
     log = block.bit_length()
     lanes = min(log, 5 + warps.bit_length() - 1)
-    return {"LOG": log, "LANES": lanes, "CHUNK": min(2 * block, 256 * warps)}
+    return {"LOG": log, "LANES": lanes, "PAIRS": min(block, 512)}
 
 
-def cut_constants(plan: Kept, warps: int) -> dict[str, int]:
-    """Return the constants of a cut."""
-    bottom = ORDERS[torch.float32 if plan.size == 4 else torch.float64].bottom
-    held = min(HELD // (plan.size // 4), power_of_two(plan.capacity))
-    return {"BOTTOM": bottom, "HELD": held, "DEEP": MOVED, "WIDE": 32 * warps}
+def held(tile: Row, plan: Kept) -> int:
+    """Return the keys that a thread holds while a row is cut."""
+    return max(1, plan.held // (32 * tile.warps))
 
 
 def rounds(blocks: int) -> list[tuple[int, int]]:

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
 
 from headfold.backends.triton.compiling import Specimen
-from headfold.backends.triton.cut import cut_kernel
 from headfold.backends.triton.keep import keep_kernel
 from headfold.backends.triton.order import count_kernel, merge_kernel, order_kernel, write_kernel
-from headfold.backends.triton.select import ORDERS, PART_WARPS, TILES, Row, cut_constants, deep, network, row_of
+from headfold.backends.triton.select import ORDERS, PART_WARPS, TILES, Row, deep, held, network, row_of
 from headfold.triton_tiles import Kept
 
 POINTERS = {torch.float32: "*fp32:16", torch.float64: "*fp64:16"}
@@ -20,7 +20,7 @@ WIDTHS = (512, 2048, 4096)
 # Arguments by whose values nothing is specialised, and strides that are not a multiple of 16.
 ODD = (
     *("sk", "topk", "capacity", "first_line", "offset", "blocks", "period", "apart", "start_row", "end_row"),
-    *("scores_batch", "scores_row", "indices_batch", "indices_row"),
+    *("scores_batch", "scores_row", "indices_batch", "indices_row", "results_batch", "results_row"),
 )
 
 
@@ -34,8 +34,6 @@ def specimens(arch: str) -> Iterator[Specimen]:
         yield from _sort(rows[0], width)
     for row in rows:
         yield _keep(row, torch.float64, ranged=True)
-    plan = Kept.of(1, 4096, 2048, 8)
-    yield _specimen("cut float64", cut_kernel, torch.float64, cut_constants(plan, PART_WARPS), PART_WARPS)
     yield _specimen("order by counting", count_kernel, torch.float64, {"BLOCK": rows[0].pairs}, PART_WARPS)
 
 
@@ -48,27 +46,24 @@ def _keep(row: Row, dtype: torch.dtype, *, ranged: bool) -> Specimen:
         "ORDER": order.dtype,
         "SAMPLE": row.sample,
         "DEEP": deep(row, dtype),
+        "HELD": held(row, Kept.of(1, row.sk, min(2048, row.sk), dtype.itemsize)),
         "WIDE": 32 * row.warps,
     }
     if not ranged:
         constants |= dict.fromkeys(("start", "end"))
     if dtype == torch.float32:
-        constants |= {"found_key": None}
+        constants |= {"found_key": None, "keys": None, "results": None}
     label = f"keep {str(dtype).removeprefix('torch.')} sk={row.sk}" + (" ranged" if ranged else "")
-    return _specimen(label, keep_kernel, dtype, constants, row.warps)
+    return replace(_specimen(label, keep_kernel, dtype, constants, row.warps), registers=row.registers)
 
 
 def _sort(row: Row, width: int) -> Iterator[Specimen]:
     plan = Kept.of(1, 2 * width, width, 4)
     label = f"order topk={width}"
-    whole: dict[str, Any] = {**network(plan.block, row.order_warps), **cut_constants(plan, row.order_warps)}
-    for in_order in (True, False)[plan.blocks > 2 :]:
-        name = label + ("" if in_order else " unsorted")
-        yield _specimen(name, order_kernel, torch.float32, {**whole, "IN_ORDER": in_order}, row.order_warps)
     if plan.blocks == 2:
+        constants: dict[str, Any] = dict(network(plan.block, row.order_warps))
+        yield _specimen(label, order_kernel, torch.float32, constants, row.order_warps)
         return
-    constants: dict[str, Any] = {"found_key": None, **cut_constants(plan, PART_WARPS)}
-    yield _specimen(f"cut topk={width}", cut_kernel, torch.float32, constants, PART_WARPS)
     for first in (True, False):
         name = label + ("" if first else " merge")
         yield _specimen(name, merge_kernel, torch.float32, {"BLOCK": plan.block, "FIRST": first}, PART_WARPS)
@@ -77,8 +72,9 @@ def _sort(row: Row, width: int) -> Iterator[Specimen]:
 
 def _specimen(label: str, kernel: Any, dtype: torch.dtype, constants: dict[str, Any], warps: int) -> Specimen:
     constants = {**constants, **({"TOP": ORDERS[dtype].top} if "TOP" in kernel.arg_names else {})}
-    types = dict.fromkeys(("start", "end", "count", "found_key", "indices"), "*i32:16")
-    types |= dict.fromkeys(("found", "packed"), "*i64:16")
-    types |= {"scores": POINTERS[dtype], **dict.fromkeys(ODD, "i32")}
+    types = dict.fromkeys(("start", "end", "count", "found_key", "indices", "keys"), "*i32:16")
+    types |= dict.fromkeys(("found", "packed_rows"), "*i64:16")
+    types["orders"] = "*i64:16" if dtype == torch.float64 else "*i32:16"
+    types |= {"scores": POINTERS[dtype], "results": POINTERS[dtype], **dict.fromkeys(ODD, "i32")}
     taken = {name: types.get(name, "i32:16") for name in kernel.arg_names if name not in constants}
     return Specimen(label, kernel, taken, constants, warps, 1, matrix=False)

@@ -74,7 +74,11 @@ def index_topk(
             relu,
             scale,
         )
-        keep(slab, few_start, few_end, moved, ratio, scratch, at - first)
+        picked, beside = rows_within(indices, part)[..., : plan.kept.topk], rows_within(scores, part)
+        if beside is not None:
+            beside = beside[..., : plan.kept.topk]
+        bounds = few_start, few_end, moved, ratio
+        keep(slab, picked, beside, *bounds, scratch, at - first, in_order=in_order)
         line = at + rows
     _finish(every, first, line, dtype, scratch, in_order)
     return indices, scores

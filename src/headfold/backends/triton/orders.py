@@ -1,0 +1,100 @@
+"""Scores as integers that have their order, alone or in one int64 with their keys, and how chosen ones are stored.
+
+Equal zeros are equal, and one NaN is above all others. A float64 score leaves no room for its key: it lies beside it.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def bits_of(x):
+    """Return a float's bits, as a signed integer of its width."""
+    return x.to(tl.int64, bitcast=True) if x.dtype.primitive_bitwidth == 64 else x.to(tl.int32, bitcast=True)
+
+
+@triton.jit
+def ordered(bits, TOP: tl.constexpr):
+    """Return signed integers in the order of the floats that have these bits: -0.0 is 0, NaN of either sign is TOP."""
+    if bits.dtype.primitive_bitwidth == 64:
+        order = bits ^ ((bits >> 63) & 0x7FFFFFFFFFFFFFFF)
+        nan = (bits & 0x7FFFFFFFFFFFFFFF) > 0x7FF0000000000000
+    else:
+        order = bits ^ ((bits >> 31) & 0x7FFFFFFF)
+        nan = (bits & 0x7FFFFFFF) > 0x7F800000
+    order = tl.where(order == -1, 0, order)  # only -0.0 is -1
+    return tl.where(nan, TOP, order)
+
+
+@triton.jit
+def scores_of(order, TOP: tl.constexpr):
+    """Return the floats that `ordered` made these integers of."""
+    if order.dtype.primitive_bitwidth == 64:
+        bits = tl.where(order == TOP, 0x7FF8000000000000, order ^ ((order >> 63) & 0x7FFFFFFFFFFFFFFF))
+        x = bits.to(tl.float64, bitcast=True)
+    else:
+        bits = tl.where(order == TOP, 0x7FC00000, order ^ ((order >> 31) & 0x7FFFFFFF))
+        x = bits.to(tl.float32, bitcast=True)
+    return x
+
+
+@triton.jit
+def between(low, high):
+    """Return the middle of two integers, rounded down, where their sum would overflow."""
+    return (low & high) + ((low ^ high) >> 1)
+
+
+@triton.jit
+def evenly_between(a, b, more, fewer, wanted):
+    """Return an integer between two of one sign, where `wanted` lie above it if those between them lay evenly.
+
+    more, fewer: how many are above each.
+    """
+    apart, share = (b - a).to(tl.float32), (more - wanted).to(tl.float32) / (more - fewer).to(tl.float32)
+    if a.dtype.primitive_bitwidth == 64:
+        step = (apart * share).to(tl.int64)
+    else:
+        step = tl.minimum(apart * share, 2147483520.0).to(tl.int32)
+    return a + tl.minimum(tl.maximum(step, 1), b - a - 1)
+
+
+@triton.jit
+def packed(order, key):
+    """Return an int32 and a key as one int64. Of an order, it has the total order: ties go to the smaller key."""
+    return (order.to(tl.int64) << 32) | (key ^ 0x7FFFFFFF).to(tl.int64)
+
+
+@triton.jit
+def key_of(both):
+    """Return the key of what is packed, as int64."""
+    return (both & 0xFFFFFFFF) ^ 0x7FFFFFFF
+
+
+@triton.jit
+def put(found, found_key, at, order, key, mask):
+    """Write orders (or bits) and keys to places of a row: in one int64 that holds both, else to two arrays.
+
+    found, found_key: the start of what is kept of a row, of one or of each.
+    """
+    if found_key is None:
+        tl.store(found + at, packed(order, key), mask=mask)
+    else:
+        tl.store(found + at, order, mask=mask)
+        tl.store(found_key + at, key, mask=mask)
+
+
+@triton.jit
+def numbered(chosen):
+    """Return a place for each of what is chosen [wide, deep], from 0 on, thread by thread, and how many there are.
+
+    A thread holds a row: of the sum over all of them only one value a row crosses threads.
+    """
+    one = chosen.to(tl.int32)
+    within = tl.cumsum(one, axis=1)
+    each = tl.sum(one, axis=1)
+    place = (tl.cumsum(each, axis=0) - each)[:, None] + (within - one)
+    # Places are no neighbours. Said to be, they are stored from the threads that they are in, by every Triton: stores
+    # are never merged beyond what their masks share, which is nothing.
+    return tl.max_contiguous(place, (2, 1)), tl.sum(each, axis=0)
