@@ -173,6 +173,13 @@ def test_what_is_not_held_is_cut_as_what_is(
     assert_in_order(slab, topk, selected(slab, topk, 90))
 
 
+def test_no_two_threads_hold_one_pair_of_neighbours() -> None:
+    # One of them would store it while the other may not have read it yet.
+    for block in (8, 64, 256, 1024):
+        for warps in {tile.order_warps for tile in selecting.TILES}:
+            assert selecting.network(block, warps)["PAIRS"] >= 64 * warps
+
+
 @pytest.mark.parametrize("warps", [2, 4, 8])
 def test_warps_exchange_as_lanes_do(warps: int, monkeypatch: pytest.MonkeyPatch) -> None:
     tiles = tuple(tile._replace(order_warps=warps) for tile in selecting.TILES)
@@ -381,7 +388,7 @@ def test_slabs_cover_every_row_once_within_the_workspace(
         assert part.width == limit(part.row_end - 1) > 0
         assert part.row % plan.least == 0
         assert 0 < rows <= plan.kept.rows
-        assert rows <= plan.kept.room or part.width <= plan.kept.held
+        assert rows <= plan.kept.room <= plan.kept.rows or part.width <= plan.kept.held
         assert rows * triton_tiles.padded(part.width) <= plan.elements
         seen += [(i, row) for i in range(part.batch, part.batch_end) for row in (part.row, part.row_end - 1)]
         assert all(limit(row) <= part.width for row in (part.row, part.row_end - 1))

@@ -15,8 +15,8 @@ from headfold.tiles import MIB
 # A slab of scores stays in L2 between the kernel that fills it and the one that selects from it (50 MB on an H100).
 _SLAB_BYTES = 32 * MIB
 # What is kept of the rows of some slabs until it is sorted: a slab of long rows has too few of them to fill a chip. Of
-# that, half is room for a slab's rows that are too long to be cut at once. With a slab it leaves the default workspace
-# room to spare.
+# that, up to half is room for a slab's rows, where those are too long to be cut at once. With a slab it leaves the
+# default workspace room to spare.
 _KEPT_BYTES = 30 * MIB
 # The fixed grid: slabs begin at a multiple of so many rows, and of the rows that one program scores, so that a row has
 # one place in its tile whatever the workspace. Fewer where even those are large: no GPU's product depends on the place.
@@ -25,8 +25,8 @@ _PRODUCT_ROWS = 128  # rows x heads
 _LEAST_BYTES = 12 * MIB
 # Scores that a row of a slab is padded to, so that rows begin where vector loads can.
 PADDING = 64
-# Keys that may be kept for the cut. The pivot of a sample of 1024 keys leaves 2700 above it where one key in eight of
-# 16384 is selected, give or take 700 (3.5 deviations), and more in longer rows, which take a larger sample.
+# Keys that may be kept for the cut. The pivot of a sample of 2048 keys leaves 2600 above it where one key in eight of
+# 16384 is selected, 4.5 deviations more than are wanted, and more in longer rows, which take a larger sample.
 _CAPACITY, _CAPACITY_LONG, _LONG = 4096, 8192, 65536
 # Orders of 4 bytes that registers hold of a row while it is cut, all of them where it has no more keys.
 _HELD = 4096
@@ -114,11 +114,8 @@ class SlabSelection:
     ) -> SlabSelection:
         """Return the fold that a workspace leaves room for, or the smallest there is."""
         one = Kept.of(1, sk, topk, size)
-        scored, line, room_row = (
-            padded(sk) * size,
-            one.line_bytes + (0 if relu else d * size),
-            one.room * one.room_bytes,
-        )
+        scored, room_row = padded(sk) * size, one.room * one.room_bytes
+        line = one.line_bytes + (0 if relu else d * size)
         least = max(_ROWS, _PRODUCT_ROWS >> (h - 1).bit_length())
         while least > 1 and min(sq, least) * (scored + line + room_row) > _LEAST_BYTES:
             least //= 2
@@ -130,7 +127,7 @@ class SlabSelection:
 
         # A slab of rows that see few keys has more of them, so what is kept has a share of its own.
         space = min(_KEPT_BYTES, workspace * 15 // 32, max(0, workspace - least * scored))
-        room = fitting(space // 2, room_row) if room_row else 0
+        room = min(fitting(space // 2, room_row), fitting(space, line + room_row)) if room_row else 0
         rows = fitting(space - room * room_row, line)
         spare = workspace - rows * line - room * room_row
         elements = max(least, min(most, min(_SLAB_BYTES, spare) // max(1, scored))) * padded(sk)

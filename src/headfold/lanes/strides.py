@@ -50,7 +50,7 @@ def strides(
 
 
 def apart(inputs: Inputs, *names: str) -> Inputs:
-    """Return the same numbers, those of some tensors with an element of another before every last axis."""
+    """Return the same numbers, those of some tensors with a zero before every row of the last axis."""
     moved: dict[str, Tensor] = {name: pad(getattr(inputs, name), (1, 0))[..., 1:] for name in names}
     return inputs._replace(**moved)
 

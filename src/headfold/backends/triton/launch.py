@@ -94,7 +94,7 @@ def traits_of_numbers(numbers: Values) -> int:
 
 
 def is_aligned(x: Tensor) -> bool:
-    """Whether kernels are compiled to read a tensor in vectors: neighbours of the last axis are, whatever the rows."""
+    """Whether kernels are compiled to read a tensor in vectors: of neighbours along its last axis, in any row."""
     *strides, last = x.stride()
     return last == 1 and x.data_ptr() % _ALIGNED == 0 and all(n % _ALIGNED == 0 for n in strides)
 

@@ -21,8 +21,8 @@ class Row(NamedTuple):
 
     deep, sample: keys that a thread takes in one step of a walk, and keys of the sample.   warps, registers: of the
     programs that keep rows, and of their threads, at most; left to itself, ptxas spills some to run more programs than
-    a slab has rows.   order_warps: of those that sort rows whole; one exchanges without waiting for others.   pairs:
-    kept keys that one program of `count_kernel` compares with as many others.
+    a slab has rows.   order_warps: of those that sort rows whole.   pairs: kept keys that one program of `count_kernel`
+    compares with as many others.
     """
 
     arch: str
@@ -42,7 +42,6 @@ PART_WARPS = 4
 TILES = (
     # arch, sk, deep, sample, warps, registers, order_warps, pairs
     Row("cpu", ANY, 8, 64, 1, 255, 1, 32),
-    Row("*", 2048, 8, 256, 4, 168, 4, 64),
     Row("*", 32768, 8, 2048, 4, 168, 4, 64),
     Row("*", 65536, 8, 4096, 8, 128, 4, 64),
     Row("*", ANY, 8, 4096, 16, 128, 4, 64),
@@ -128,7 +127,7 @@ def keep(
 
     slab: float32 or float64 [b, rows, sk], dense along keys, -inf where a key is not visible.
     start, end: int32 [1 or b, rows] or None; offset, ratio: the static bound of the slab's first row: they bound
-    what is read.   scratch: for at least line + b · rows rows, whose topk is at most sk.
+    what is read.   scratch: for at least line + b · rows rows; its topk may be more than a slab has keys.
     """
     plan, tile, ordered = scratch.plan, row_of(arch_of(slab.device), slab.shape[2]), ORDERS[slab.dtype]
     b, rows, sk = slab.shape
@@ -218,7 +217,8 @@ def network(block: int, warps: int) -> dict[str, int]:
     """Return the constants of a network over two blocks."""
     log = block.bit_length()
     lanes = min(log, 5 + warps.bit_length() - 1)
-    return {"LOG": log, "LANES": lanes, "PAIRS": min(block, 512)}
+    # A pair for each thread at least, of 64 a warp: what several threads hold, one of them stores while others load.
+    return {"LOG": log, "LANES": lanes, "PAIRS": max(64 * warps, min(block, 512))}
 
 
 def held(tile: Row, plan: Kept) -> int:

@@ -30,6 +30,7 @@ def specimens(arch: str) -> Iterator[Specimen]:
     for row in rows:
         for ranged in (False, True):
             yield _keep(row, torch.float32, ranged=ranged)
+        yield _keep(row, torch.float32, in_order=False)
     for width in WIDTHS:
         yield from _sort(rows[0], width)
     for row in rows:
@@ -37,7 +38,7 @@ def specimens(arch: str) -> Iterator[Specimen]:
     yield _specimen("order by counting", count_kernel, torch.float64, {"BLOCK": rows[0].pairs}, PART_WARPS)
 
 
-def _keep(row: Row, dtype: torch.dtype, *, ranged: bool) -> Specimen:
+def _keep(row: Row, dtype: torch.dtype, *, ranged: bool = False, in_order: bool = True) -> Specimen:
     order = ORDERS[dtype]
     constants: dict[str, Any] = {
         "RATIO": 1,
@@ -52,8 +53,13 @@ def _keep(row: Row, dtype: torch.dtype, *, ranged: bool) -> Specimen:
     if not ranged:
         constants |= dict.fromkeys(("start", "end"))
     if dtype == torch.float32:
-        constants |= {"found_key": None, "keys": None, "results": None}
-    label = f"keep {str(dtype).removeprefix('torch.')} sk={row.sk}" + (" ranged" if ranged else "")
+        constants |= {"found_key": None, "keys": None}
+    constants["results" if in_order else "orders"] = None
+    label = (
+        f"keep {str(dtype).removeprefix('torch.')} sk={row.sk}"
+        + (" ranged" if ranged else "")
+        + ("" if in_order else " unsorted")
+    )
     return replace(_specimen(label, keep_kernel, dtype, constants, row.warps), registers=row.registers)
 
 
