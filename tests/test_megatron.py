@@ -53,8 +53,9 @@ def within(ours: Tensor, truth: Tensor, bases: list[Tensor], axes: int = 1) -> N
 def test_losses_selections_and_gradients_agree(call: Call) -> None:
     inputs = call.inputs()
     theirs, *upstream = run_loss(dsa, call, inputs)
-    # Rows of dweights and dk are 16 and 12 numbers: of so few, eight orders are lucky on some CPUs.
-    orders = [upstream, *(shuffled_loss(dsa, call, inputs, seed) for seed in range(23))]
+    # On some CPUs dk of these 52 keys spends a little more than the budget of eight orders; of no other kind does it.
+    others = 23 if call.kind == "positions" else 7
+    orders = [upstream, *(shuffled_loss(dsa, call, inputs, seed) for seed in range(others))]
     with megatron.apply():
         indices, loss, *gradients = run_loss(dsa, call, inputs)
     true_indices, truth, *true_gradients = true_loss(call, inputs)
@@ -88,8 +89,9 @@ def test_scores_and_selections_agree(call: Call) -> None:
     hidden = ~call.seen(selecting=True)
     assert torch.equal(ours == -torch.inf, hidden)
     torch.testing.assert_close(ours, scores, rtol=1e-5, atol=2e-6)
-    # Not bit for bit: where keys arrive in another order, a CPU's product may add up a key's channels otherwise.
-    torch.testing.assert_close(plain.masked_fill(hidden, -torch.inf), ours, rtol=1e-5, atol=2e-6)
+    # Bit for bit, but where keys arrive in another order: a CPU's product may then add up a key's channels otherwise.
+    near = {"rtol": 1e-5, "atol": 2e-6} if call.kind == "positions" else {"rtol": 0, "atol": 0}
+    torch.testing.assert_close(plain.masked_fill(hidden, -torch.inf), ours, **near)
     assert isinstance(ours, Deferred)
     assert type(kept) is Tensor
     assert torch.equal(ours, kept)

@@ -183,11 +183,8 @@ class _Backward:
         self, scatter: Scatter, dk: Tensor | None, through_values: Tensor | None, g: Tensor, rows: tuple[int, int]
     ) -> None:
         walk, key_heads, heads = self.walk, self.key.shape[2], self.query.shape[2]
-        tile, group, dim = (
-            cut("attention_keys", self.query, self.key, self.values),
-            heads // key_heads,
-            self.query.shape[3],
-        )
+        tile = cut("attention_keys", self.query, self.key, self.values)
+        group, dim = heads // key_heads, self.query.shape[3]
         constants = {"H": heads, "GROUP": group, "D": dim, "V": self.v_dim, **self.streamed}
         scatter.rank(self.picks, rows[1] - rows[0])
         for slab in blocks(rows[1] - rows[0], walk.rows):
