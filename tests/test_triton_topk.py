@@ -371,6 +371,7 @@ def test_a_planned_byte_is_an_allocated_byte(dtype: torch.dtype, topk: int, acti
     st.booleans(),
 )
 @example(1, 20000, 20000, 8, 4, 64 * MIB, (0, 1), True)  # padding decides how many rows fit
+@example(1, 5000, 5000, 4096, 4, 64 * MIB, None, True)  # fewer rows wait than there would be room for
 def test_slabs_cover_every_row_once_within_the_workspace(
     b: int, sq: int, sk: int, topk: int, size: int, workspace: int, bound: tuple[int, int] | None, relu: bool
 ) -> None:
