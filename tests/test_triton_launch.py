@@ -11,6 +11,7 @@ import torch
 import triton
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import Tensor
 
 from headfold.backends.triton import launch as launching
 
@@ -39,17 +40,18 @@ TENSORS = st.builds(
     st.sampled_from([torch.float16, torch.bfloat16, torch.float32, torch.int32]),
     st.integers(0, 8),
 )
-OTHERS = st.none() | TENSORS | st.just(0.5)
 
 
-@given(OTHERS, OTHERS)
-def test_tensors_that_triton_tells_apart_are_told_apart(one: object, two: object) -> None:
+@given(st.none() | TENSORS, st.none() | TENSORS)
+def test_tensors_that_triton_tells_apart_are_told_apart(one: Tensor | None, two: Tensor | None) -> None:
     if launching.traits((one,)) == launching.traits((two,)):
         assert seen_by_triton([one]) == seen_by_triton([two])
 
 
 def test_numbers_whose_value_is_not_looked_at_are_told_apart_by_their_width() -> None:
-    assert launching.traits((7, 2**31)) == launching.traits((8, 2**31 + 1)) != launching.traits((7, 8))
+    assert launching.widths((7, 2**31)) == launching.widths((8, 2**31 + 1)) == (True, False)
+    assert launching.widths((-(2**31) - 1, 7)) == (False, True)
+    assert launching.widths((7, 8)) is launching.widths(()) is None
 
 
 class Parameter:
@@ -58,16 +60,17 @@ class Parameter:
 
 
 class Kernel:
-    params = tuple(Parameter(x) for x in (False, False, True, False))
+    params = tuple(Parameter(x) for x in (False, False, True, False, False))
 
 
 def test_the_arguments_of_a_kernel_are_told_apart_once() -> None:
     tensor = torch.zeros(2)
-    known = launching.parameters(Kernel(), (tensor, None, 3, 4))
-    again = tensor, tensor, 30, 40
+    known = launching.parameters(Kernel(), (tensor, None, 3, 4, 0.5))
+    again = tensor, tensor, 30, 40, 5.0
     assert known.looked_at(again) == (40,)
-    assert known.others(again)[2] == 30
-    assert len(known.others(again)) == 3
+    assert known.others(again) == (30,)
+    first, second = known.tensors(again)
+    assert first is second is tensor
 
 
 class Compiled:

@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -51,8 +52,12 @@ def selected(
     end: Tensor | None = None,
     *,
     in_order: bool = True,
+    held: int = 0,
 ) -> tuple[Tensor, Tensor]:
-    """Run the kernels on a slab [b, rows, sk], with little room to wait, into results full of what nobody writes."""
+    """Run the kernels on a slab [b, rows, sk], with little room to wait, into results full of what nobody writes.
+
+    held: keys of a row that is cut at once; capacity, where that is more.
+    """
     shape, rows = (*slab.shape[:2], topk + 1), slab.shape[0] * slab.shape[1]
     scratch = Scratch(Kept(rows, rows, topk, max(topk, capacity), slab.itemsize), slab.device)
     for buffer in vars(scratch).values():
@@ -61,7 +66,8 @@ def selected(
     indices = torch.full(shape, -1, dtype=torch.int64, device=slab.device)
     scores = torch.full(shape, NEG_INF, dtype=slab.dtype, device=slab.device)
     results = indices[..., :topk], scores[..., :topk]
-    keep(slab, *results, start, end, None, 1, scratch, 0, in_order=in_order)
+    with mock.patch.object(triton_tiles, "_HELD", held):
+        keep(slab, *results, start, end, None, 1, scratch, 0, in_order=in_order)
     finish(*results, slab.dtype, scratch, in_order=in_order)
     assert (indices[..., topk:] == -1).all()
     assert (scores[..., topk:] == NEG_INF).all()
@@ -128,6 +134,10 @@ def rows_that_mislead(kind: str, dtype: torch.dtype) -> Tensor:
         x.zero_()
     elif kind == "crowded":
         x[sampled] = torch.linspace(-1e30, 1e30, 64, dtype=dtype)
+    elif kind == "best left out":
+        best = torch.cat([torch.nonzero(sampled)[:17], torch.nonzero(~sampled)[:215]])
+        x[~sampled] -= 1
+        x[best] += 10
     elif kind == "mostly NaN":
         x[torch.nonzero(sampled)[:40]] = NAN
     elif kind == "falling":
@@ -137,15 +147,27 @@ def rows_that_mislead(kind: str, dtype: torch.dtype) -> Tensor:
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(
-    "kind", ["even", "sample too low", "sample too high", "plateau", "one value", "crowded", "falling", "mostly NaN"]
+    "kind",
+    [
+        "even",
+        "sample too low",
+        "sample too high",
+        "best left out",
+        "plateau",
+        "one value",
+        "crowded",
+        "falling",
+        "mostly NaN",
+    ],
 )
 def test_a_misleading_sample_costs_time_and_nothing_else(kind: str, dtype: torch.dtype) -> None:
     slab = rows_that_mislead(kind, dtype).view(1, 1, -1).to(DEVICE)
-    few = kind not in ("sample too low", "mostly NaN")  # with few to keep, one pivot lies above any sample
-    topk = 12 if few else 200
-    ordered = selected(slab, topk, 40)
+    # With few to keep, one pivot lies above any sample.
+    few = kind not in ("sample too low", "best left out", "mostly NaN")
+    topk, capacity = (12, 40) if few else (200, 260)
+    ordered = selected(slab, topk, capacity)
     assert_in_order(slab, topk, ordered)
-    for one, other in zip(selected(slab, topk, 40, in_order=False), ordered, strict=True):
+    for one, other in zip(selected(slab, topk, capacity, in_order=False), ordered, strict=True):
         assert torch.equal(one.nan_to_num().sort(-1).values, other.nan_to_num().sort(-1).values)
 
 
@@ -165,12 +187,14 @@ def test_neighbours_that_their_leading_bits_put_wrong_change_places(order: str, 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("topk", "values"), [(1, 1000), (70, 2)])
+@pytest.mark.parametrize("capacity", [300, 700])  # too few, and enough to be cut at once
 def test_what_is_not_held_is_cut_as_what_is(
-    topk: int, values: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+    topk: int, values: int, capacity: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(triton_tiles, "_HELD", 32)
-    slab = torch.randint(values, (1, 3, 90), generator=torch.Generator().manual_seed(topk)).to(DEVICE, dtype) - 3
-    assert_in_order(slab, topk, selected(slab, topk, 90))
+    tiles = tuple(tile._replace(held=16 // dtype.itemsize) for tile in selecting.TILES)
+    monkeypatch.setattr(selecting, "TILES", tiles)
+    slab = torch.randint(values, (1, 3, 690), generator=torch.Generator().manual_seed(topk)).to(DEVICE, dtype) - 3
+    assert_in_order(slab, topk, selected(slab, topk, capacity))
 
 
 def test_no_two_threads_hold_one_pair_of_neighbours() -> None:
@@ -286,13 +310,13 @@ def test_without_an_order_the_same_keys_are_selected_with_what_is_missing_last(
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_rows_too_long_to_be_cut_at_once_share_room(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     small_slabs(monkeypatch, 2)
-    monkeypatch.setattr(triton_tiles, "_HELD", 64)
+    monkeypatch.setattr(triton_tiles, "_HELD", 0)
     monkeypatch.setattr(triton_tiles, "_CAPACITY", 80)
     monkeypatch.setattr(triton_tiles, "_KEPT_BYTES", 500 * dtype.itemsize)
     q, weights, k = (x for x in Case(10, 200, b=2, h=64, d=16).inputs(dtype) if x is not None)
     plan = kernels.selection_plan(q.transpose(0, 1), k.transpose(0, 1), True, 9, 64 * MIB)
     assert 0 < plan.kept.room < plan.kept.rows < 20
-    assert plan.kept.held < plan.kept.capacity < 200
+    assert plan.kept.held == plan.kept.capacity < 200
     for causal in (True, False):  # rows that see few keys are in slabs of their own
         call: dict[str, Any] = {"causal": causal, "with_scores": True, "impl": "triton"}
         expected = in_order(index_scores(q, weights, k, causal=causal, impl="triton"), 9)
@@ -423,4 +447,4 @@ print(len(found), compile_specimen(found[0], "sm_90").breaches(found[0], "sm_90"
     command = [sys.executable, "-W", "ignore", "-c", code]
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     assert done.returncode == 0, done.stderr
-    assert done.stdout == "18 []\n"
+    assert done.stdout == "22 []\n"

@@ -25,11 +25,10 @@ _PRODUCT_ROWS = 128  # rows x heads
 _LEAST_BYTES = 12 * MIB
 # Scores that a row of a slab is padded to, so that rows begin where vector loads can.
 PADDING = 64
-# Keys that may be kept for the cut. The pivot of a sample of 2048 keys leaves 2600 above it where one key in eight of
-# 16384 is selected, 4.5 deviations more than are wanted, and more in longer rows, which take a larger sample.
-_CAPACITY, _CAPACITY_LONG, _LONG = 4096, 8192, 65536
-# Orders of 4 bytes that registers hold of a row while it is cut, all of them where it has no more keys.
+# Keys of a row that is cut at once; of a longer one, keys that may be kept apart until it is cut. Between the pivots of
+# a sample of 2048 keys lie some 1200 keys where one in eight of 16384 is selected, and more in longer rows.
 _HELD = 4096
+_CAPACITY, _CAPACITY_LONG, _LONG = 3840, 6144, 65536
 # The sorting network takes two blocks in registers: as many as are kept, or two of these at a time.
 _SORTED = 1024
 _KEY = 4  # bytes of an int32
@@ -41,7 +40,7 @@ class Kept:
     """Scratch to select `topk` keys of so many rows before they are sorted, whose scores have `size` bytes.
 
     room: rows that are cut at a time of those with more than `held` keys.   capacity: how many keys of such a row may
-    be kept for its cut, at least topk.
+    be kept apart until it is cut, at least topk.
     """
 
     rows: int
@@ -60,8 +59,8 @@ class Kept:
 
     @property
     def held(self) -> int:
-        """Keys of a row that registers hold while it is cut."""
-        return min(_HELD * 4 // self.size, power_of_two(self.capacity))
+        """Keys of the longest row of which none is kept apart."""
+        return max(_HELD, self.capacity)
 
     @property
     def block(self) -> int:
@@ -80,13 +79,13 @@ class Kept:
 
     @property
     def line_bytes(self) -> int:
-        """Scratch of a row until it is sorted: orders, a count, what is packed, and keys that have no other place."""
+        """Scratch of a row until it is sorted: scores, a count, what is packed, and keys that have no other place."""
         keys = self.topk * _KEY if self.size == 8 else 0
         return self.topk * self.size + keys + _KEY + 8 * self.packed
 
     @property
     def room_bytes(self) -> int:
-        """Scratch of a row until it is cut: what may be kept of its scores and keys."""
+        """Scratch of a row until it is cut: what may be kept apart of its scores and keys."""
         return self.capacity * (self.size + _KEY)
 
     @property

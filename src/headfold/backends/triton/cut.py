@@ -1,134 +1,128 @@
-"""The best topk of what was kept of a row, in no order: a cut found by bisection, among ties by their keys."""
+"""The best topk of a row of scores, or of what was kept of one, in no order: a cut found by bisection."""
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
 
-from headfold.backends.triton.orders import between, bits_of, evenly_between, key_of, numbered, ordered, scores_of
+from headfold.backends.triton.orders import between, bits_of, key_of, numbered, ordered, scores_of
+from headfold.backends.triton.pivots import count_above, count_true, narrowed, pivots
 
 
 @triton.jit
-def _least(found_key):
-    """Return the least integer of an order's width, below all orders of what is kept."""
-    return tl.full((), -(2**31), tl.int32) if found_key is None else tl.full((), -(2**63), tl.int64)
+def _places(first, HELD: tl.constexpr, WIDE: tl.constexpr):
+    """Return places [WIDE, HELD] from `first` on, of which a thread takes HELD."""
+    return first + tl.arange(0, WIDE)[:, None] + tl.arange(0, HELD)[None, :] * WIDE
 
 
 @triton.jit
-def _orders(found, found_key, i, many, TOP: tl.constexpr):
-    """Read bits back, as orders; of places that hold none, the least integer."""
-    if found_key is None:
-        order = ordered((tl.load(found + i, mask=i < many, other=0) >> 32).to(tl.int32), TOP)
+def _orders(
+    row, first, n,
+    BOTTOM: tl.constexpr, TOP: tl.constexpr, PACKED: tl.constexpr, HELD: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    """Return the orders of places from `first` on, of those past n BOTTOM.   PACKED: bits, with a key or beside it."""
+    i = _places(first, HELD, WIDE)
+    if not PACKED:
+        order = ordered(bits_of(tl.load(row + i, mask=i < n, other=float("-inf"))), TOP)
+    elif BOTTOM < -(2**31):
+        order = tl.where(i < n, ordered(tl.load(row + i, mask=i < n, other=0), TOP), BOTTOM)
     else:
-        order = ordered(tl.load(found + i, mask=i < many, other=0), TOP)
-    return tl.where(i < many, order, _least(found_key))
+        order = tl.where(i < n, ordered((tl.load(row + i, mask=i < n, other=0) >> 32).to(tl.int32), TOP), BOTTOM)
+    return order
 
 
 @triton.jit
-def _keys(found, found_key, i, many):
-    """Read keys back."""
-    if found_key is None:
-        key = key_of(tl.load(found + i, mask=i < many, other=0)).to(tl.int32)
+def _keys(row, keys, first, wanted, PACKED: tl.constexpr, HELD: tl.constexpr, WIDE: tl.constexpr):
+    """Return the keys of places from `first` on that are wanted.   keys: of scores, the first; a row of them; None."""
+    i = _places(first, HELD, WIDE)
+    if not PACKED:
+        key = keys + i
+    elif keys is None:
+        key = key_of(tl.load(row + i, mask=wanted, other=0)).to(tl.int32)
     else:
-        key = tl.load(found_key + i, mask=i < many, other=0)
+        key = tl.load(keys + i, mask=wanted, other=0)
     return key
 
 
 @triton.jit
-def read(found, found_key, first, many, TOP: tl.constexpr, HELD: tl.constexpr, WIDE: tl.constexpr):
-    """Read orders and keys [WIDE, HELD] of places from `first` on, of which a thread takes HELD."""
-    i = first + tl.arange(0, WIDE)[:, None] + tl.arange(0, HELD)[None, :] * WIDE
-    return _orders(found, found_key, i, many, TOP), _keys(found, found_key, i, many)
-
-
-@triton.jit
-def seen(scores, low, n, TOP: tl.constexpr, HELD: tl.constexpr, WIDE: tl.constexpr):
-    """Read orders and keys [WIDE, HELD] of a row itself, n keys from `low` on."""
-    i = tl.arange(0, WIDE)[:, None] + tl.arange(0, HELD)[None, :] * WIDE
-    bits = bits_of(tl.load(scores + low + i, mask=i < n, other=float("-inf")))
-    order = ordered(bits, TOP)
-    least: tl.constexpr = -(2**31) if scores.dtype.element_ty.primitive_bitwidth == 32 else -(2**63)
-    return tl.where(i < n, order, least), low + i
-
-
-@triton.jit
-def _count(which):
-    """Return how many of [WIDE, HELD] are true: one number of each thread crosses threads."""
-    return tl.sum(tl.sum(which.to(tl.int32), axis=1), axis=0)
+def _ends(order, a, b, BOTTOM: tl.constexpr, TOP: tl.constexpr):
+    """Return the lesser of a and what all orders above BOTTOM are above, the greatest order or b, and how many."""
+    seen = order > BOTTOM
+    a = tl.minimum(a, tl.min(tl.min(tl.where(seen, order, TOP), axis=1), axis=0) - 1)
+    return a, tl.maximum(b, tl.max(tl.max(order, axis=1), axis=0)), count_true(seen)
 
 
 @triton.jit
 def _find(
-    order, key, found, found_key, many, topk,
-    TOP: tl.constexpr, HELD: tl.constexpr, WIDE: tl.constexpr,
+    order, row, keys, n, topk, end,
+    BOTTOM: tl.constexpr, TOP: tl.constexpr, PACKED: tl.constexpr, HELD: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    """Return (order, key): the best topk of `many` places are above the order, or have it with a smaller key.
+    """Return (order, key): the best topk of a row are above the order, or have it with a smaller key.
 
-    order, key: those of the first places, which stay in registers; others are read again for each pivot.
+    order: of the first places, which stay in registers; others are read again for each step.   end: past all keys.
     """
     STEP: tl.constexpr = HELD * WIDE
+    a, b, more = _ends(order, tl.full((), TOP, order.dtype), tl.full((), BOTTOM, order.dtype), BOTTOM, TOP)
+    for first in range(STEP, n, STEP):
+        a, b, others = _ends(_orders(row, first, n, BOTTOM, TOP, PACKED, HELD, WIDE), a, b, BOTTOM, TOP)
+        more += others
+    if more <= topk:
+        a, b = b * 0 + BOTTOM, b * 0 + BOTTOM
     # More than topk are above a, and at most topk above b.
-    b = tl.max(tl.max(order, axis=1), axis=0)
-    a = tl.min(tl.min(tl.where(order == _least(found_key), b, order), axis=1), axis=0) - 1
-    for first in range(STEP, many, STEP):
-        other, _ = read(found, found_key, first, many, TOP, HELD, WIDE)
-        b = tl.maximum(b, tl.max(tl.max(other, axis=1), axis=0))
-        a = tl.minimum(a, tl.min(tl.min(tl.where(other == _least(found_key), b, other), axis=1), axis=0) - 1)
-    more, fewer, steps = many, tl.zeros((), tl.int32), tl.zeros((), tl.int32)
+    fewer, steps = tl.zeros((), tl.int32), tl.zeros((), tl.int32)
     while (a + 1 < b) & (fewer < topk):
-        # By turns: one is quick where orders lie evenly, the other is never slow.
-        pivot = between(a, b)
-        if (steps % 2 == 0) & ((a < 0) == (b < 0)):  # else what lies between them may be more than an integer
-            pivot = evenly_between(a, b, more, fewer, topk)
-        over = _count(order > pivot)
-        for first in range(STEP, many, STEP):
-            other, _ = read(found, found_key, first, many, TOP, HELD, WIDE)
-            over += _count(other > pivot)
-        if over > topk:
-            a, more = pivot, over
-        else:
-            b, fewer = pivot, over
+        lower, middle, upper = pivots(a, b, more, fewer, topk, steps, TOP)
+        over, over_middle, over_upper = count_above(order, lower, middle, upper)
+        for first in range(STEP, n, STEP):
+            other = _orders(row, first, n, BOTTOM, TOP, PACKED, HELD, WIDE)
+            others, others_middle, others_upper = count_above(other, lower, middle, upper)
+            over, over_middle, over_upper = over + others, over_middle + others_middle, over_upper + others_upper
+        a, b, more, fewer = narrowed(a, b, more, fewer, topk + 1, lower, over)
+        a, b, more, fewer = narrowed(a, b, more, fewer, topk + 1, middle, over_middle)
+        a, b, more, fewer = narrowed(a, b, more, fewer, topk + 1, upper, over_upper)
         steps += 1
     until = tl.zeros((), tl.int32)
-    if fewer < topk:
+    if (fewer < topk) & (b > BOTTOM):
         # The smallest keys of those that are b: the first key past as many as are wanted.
-        last = tl.full((), 0x7FFFFFFF, tl.int32)
+        last = until + end
         while until + 1 < last:
-            middle = between(until, last)
-            ties = _count((order == b) & (key < middle))
-            for first in range(STEP, many, STEP):
-                other, others = read(found, found_key, first, many, TOP, HELD, WIDE)
-                ties += _count((other == b) & (others < middle))
-            last = tl.where(fewer + ties >= topk, middle, last)
-            until = tl.where(fewer + ties >= topk, until, middle)
+            key = between(until, last)
+            ties = count_true((order == b) & (_keys(row, keys, 0, order == b, PACKED, HELD, WIDE) < key))
+            for first in range(STEP, n, STEP):
+                equal = _orders(row, first, n, BOTTOM, TOP, PACKED, HELD, WIDE) == b
+                ties += count_true(equal & (_keys(row, keys, first, equal, PACKED, HELD, WIDE) < key))
+            last = tl.where(fewer + ties >= topk, key, last)
+            until = tl.where(fewer + ties >= topk, until, key)
         until = last
     return b, until
 
 
 @triton.jit
 def cut(
-    order, key, found, found_key, many, topk, orders, keys, scores,
-    BOTTOM: tl.constexpr, TOP: tl.constexpr, HELD: tl.constexpr, WIDE: tl.constexpr,
+    row, keys, n, topk, end, indices, results,
+    BOTTOM: tl.constexpr, TOP: tl.constexpr, PACKED: tl.constexpr, HELD: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    """Write the best topk of `many` keys of a row, in no order, and return how many they are: none scores -inf.
+    """Write the best topk of a row of n places, in no order, and return how many they are: none scores -inf.
 
-    order, key [WIDE, HELD]: of the first of them; of the others in found and found_key.   orders, keys, scores: where
-    a row's are written, dense; None where they are not wanted.
+    row: scores, whose first has the key `keys`; or with PACKED, bits with their keys, or with `keys` beside them.
+    indices, results: where keys and scores of a row are written, dense; results may be None.   end: past all keys.
+    HELD · WIDE places stay in registers; others are read again for each step.
     """
-    order_cut, key_cut = _least(found_key), tl.zeros((), tl.int32)
-    if many > topk:
-        order_cut, key_cut = _find(order, key, found, found_key, many, topk, TOP, HELD, WIDE)
+    order = _orders(row, 0, n, BOTTOM, TOP, PACKED, HELD, WIDE)
+    order_cut, key_cut = _find(order, row, keys, n, topk, end, BOTTOM, TOP, PACKED, HELD, WIDE)
     written = tl.zeros((), tl.int32)
-    for first in range(0, many, HELD * WIDE):
+    for first in range(0, n, HELD * WIDE):
         if first > 0:
-            order, key = read(found, found_key, first, many, TOP, HELD, WIDE)
-        chosen = (order > BOTTOM) & ((order > order_cut) | ((order == order_cut) & (key < key_cut)))
+            order = _orders(row, first, n, BOTTOM, TOP, PACKED, HELD, WIDE)
+        chosen = order > order_cut
+        if key_cut > 0:
+            equal = order == order_cut
+            chosen = chosen | (equal & (_keys(row, keys, first, equal, PACKED, HELD, WIDE) < key_cut))
         place, some = numbered(chosen)
         place += written
-        tl.store(keys + place, key.to(keys.dtype.element_ty), mask=chosen)
-        if orders is not None:
-            tl.store(orders + place, order, mask=chosen)
-        if scores is not None:
-            tl.store(scores + place, scores_of(order, TOP), mask=chosen)
+        key = _keys(row, keys, first, chosen, PACKED, HELD, WIDE)
+        tl.store(indices + place, key.to(indices.dtype.element_ty), mask=chosen)
+        if results is not None:
+            tl.store(results + place, scores_of(order, TOP), mask=chosen)
         written += some
     return written

@@ -27,12 +27,13 @@ class Parameters(NamedTuple):
     """Parameters of a kernel that are no constants, by what is compiled in of their arguments.
 
     kernel: kept, so that its id stays its own.   looked_at: numbers of whose values something is.   others: numbers of
-    which only the width is, and tensors and None.
+    which only the width is.   tensors: tensors and None. Of what is a float, nothing is.
     """
 
     kernel: Any
     looked_at: Callable[[Values], Values]
     others: Callable[[Values], Values]
+    tensors: Callable[[Values], Values]
 
 
 _parameters: dict[int, Parameters] = {}
@@ -57,7 +58,8 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **constants: Any) -> 
         tuple(constants),
         *constants.values(),
         traits_of_numbers(known.looked_at(args)),
-        *traits(known.others(args)),
+        widths(known.others(args)),
+        *traits(known.tensors(args)),
     )
     found = _compiled.get(key)
     if found is None:
@@ -72,9 +74,12 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **constants: Any) -> 
 
 def parameters(kernel: Any, args: Values) -> Parameters:
     """Tell the parameters of a kernel apart, given the arguments of a launch."""
-    chosen: tuple[list[int], list[int]] = [], []
+    chosen: tuple[list[int], list[int], list[int]] = [], [], []
     for i, x in enumerate(args):
-        chosen[not isinstance(x, int) or kernel.params[i].do_not_specialize].append(i)
+        if isinstance(x, int):
+            chosen[kernel.params[i].do_not_specialize].append(i)
+        elif not isinstance(x, float):
+            chosen[2].append(i)
     return Parameters(kernel, *(_getter(places) for places in chosen))
 
 
@@ -103,14 +108,13 @@ def _is_narrow(x: int) -> bool:
     return -(2**31) <= x < 2**31
 
 
-def traits(others: Values) -> list[Any]:
-    """Return what a compiled kernel is told of tensors, of None, and of numbers whose value is not looked at."""
-    found: list[Any] = []
-    for x in others:
-        if x is None:
-            found.append(None)
-        elif isinstance(x, Tensor):
-            found += (x.dtype, x.data_ptr() % _ALIGNED == 0)
-        else:
-            found.append(_is_narrow(x) if isinstance(x, int) else type(x))
-    return found
+def widths(numbers: Values) -> Values | None:
+    """Return which of numbers are narrow, or None where all are, as nearly always."""
+    if not numbers or (_is_narrow(max(numbers)) and _is_narrow(min(numbers))):
+        return None
+    return tuple(map(_is_narrow, numbers))
+
+
+def traits(tensors: Values) -> list[Any]:
+    """Return what a compiled kernel is told of tensors and of None."""
+    return [x if x is None else (x.dtype, x.data_ptr() % _ALIGNED == 0) for x in tensors]

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 
 from headfold.backends.triton.network import places_by
-from headfold.backends.triton.orders import key_of, packed, scores_of
+from headfold.backends.triton.orders import key_of, ordered, packed, scores_of
 
 NOTHING = tl.constexpr(-(2**63))
 
@@ -19,7 +19,7 @@ NOTHING = tl.constexpr(-(2**63))
 # Were rows known to be aligned, a thread would take several neighbours, and neighbours would lie on fewer threads.
 @triton.jit(do_not_specialize=["topk", "indices_batch", "indices_row", "scores_batch", "scores_row"])
 def order_kernel(
-    orders,
+    bits,
     count,
     indices,
     scores,
@@ -35,18 +35,18 @@ def order_kernel(
 ):
     """Put the first keys of a row's indices in order, the best first, and write their scores; at most 2 ** LOG.
 
-    orders: [lines, topk], of the keys, which are put in order with them.   count: [lines], how many.
+    bits: [lines, topk], of the keys' scores, which become orders and move with them.   count: [lines], how many.
     """
     row, batch = tl.program_id(0), tl.program_id(2).to(tl.int64)
     line = batch * tl.num_programs(0) + row
-    orders += line * topk
+    bits += line * topk
     indices += batch * indices_batch + row.to(tl.int64) * indices_row
     many = tl.load(count + line)
     e = tl.arange(0, 1 << LOG)
-    place = places_by(tl.load(orders + e, mask=e < many, other=0), e < many, LOG, LANES)
-    order = tl.load(orders + place, mask=e < many, other=0)
+    place = places_by(ordered(tl.load(bits + e, mask=e < many, other=0), TOP), e < many, LOG, LANES)
+    order = ordered(tl.load(bits + place, mask=e < many, other=0), TOP)
     tl.debug_barrier()
-    tl.store(orders + e, order, mask=e < many)
+    tl.store(bits + e, order, mask=e < many)
     key = tl.load(indices + place, mask=e < many, other=0)
     tl.debug_barrier()
     tl.store(indices + e, key, mask=e < many)
@@ -58,11 +58,11 @@ def order_kernel(
         for first in range(turns % 2, many - 1, 2 * PAIRS):
             j = first + 2 * tl.arange(0, PAIRS)
             pair = j + 1 < many
-            better, worse = tl.load(orders + j, mask=pair, other=0), tl.load(orders + j + 1, mask=pair, other=0)
+            better, worse = tl.load(bits + j, mask=pair, other=0), tl.load(bits + j + 1, mask=pair, other=0)
             left, right = tl.load(indices + j, mask=pair, other=0), tl.load(indices + j + 1, mask=pair, other=0)
             wrong = (better < worse) | ((better == worse) & (left > right))
-            tl.store(orders + j, worse, mask=wrong)
-            tl.store(orders + j + 1, better, mask=wrong)
+            tl.store(bits + j, worse, mask=wrong)
+            tl.store(bits + j + 1, better, mask=wrong)
             tl.store(indices + j, right, mask=wrong)
             tl.store(indices + j + 1, left, mask=wrong)
             swaps += tl.sum(wrong.to(tl.int32), axis=0)
@@ -70,12 +70,12 @@ def order_kernel(
         tl.debug_barrier()
     if scores is not None:
         scores += batch * scores_batch + row.to(tl.int64) * scores_row
-        tl.store(scores + e, scores_of(tl.load(orders + e, mask=e < many, other=0), TOP), mask=e < many)
+        tl.store(scores + e, scores_of(tl.load(bits + e, mask=e < many, other=0), TOP), mask=e < many)
 
 
 @triton.jit(do_not_specialize=["topk", "blocks", "period", "apart", "indices_batch", "indices_row"])
 def merge_kernel(
-    orders,
+    bits,
     count,
     indices,
     packed_rows,
@@ -85,12 +85,13 @@ def merge_kernel(
     apart,
     indices_batch,
     indices_row,
+    TOP: tl.constexpr,
     BLOCK: tl.constexpr,
     FIRST: tl.constexpr,
 ):
     """Sort the blocks `apart` from each other of a row, the best first.
 
-    FIRST: take what was kept, and sort each even block and the next one. orders, count, indices: as `keep_kernel` left
+    FIRST: take what was kept, and sort each even block and the next one. bits, count, indices: as `keep_kernel` left
     them. Else packed_rows: int64 [batches, rows, blocks · BLOCK], of the same, in a round whose runs have `period`.
     """
     row, batch = tl.program_id(0), tl.program_id(2).to(tl.int64)
@@ -109,7 +110,8 @@ def merge_kernel(
         live = j < tl.load(count + line)
         indices += batch * indices_batch + row.to(tl.int64) * indices_row
         key = tl.load(indices + j, mask=live, other=0).to(tl.int32)
-        x = tl.where(live, packed(tl.load(orders + line * topk + j, mask=live, other=0), key), NOTHING)
+        order = ordered(tl.load(bits + line * topk + j, mask=live, other=0), TOP)
+        x = tl.where(live, packed(order, key), NOTHING)
     else:
         x = tl.load(packed_rows + line * blocks * BLOCK + j)
     tl.store(packed_rows + line * blocks * BLOCK + j, tl.sort(x, descending=True))
@@ -147,7 +149,7 @@ def write_kernel(
 
 @triton.jit(do_not_specialize=["topk"])
 def count_kernel(
-    orders,
+    bits,
     keys,
     count,
     indices,
@@ -162,20 +164,20 @@ def count_kernel(
 ):
     """Write what was kept to the place that the number of better ones gives it: the order of any width, unpacked.
 
-    orders, keys: [lines, topk].   count: [lines], how many.
+    bits, keys: [lines, topk].   count: [lines], how many.
     """
     row, batch = tl.program_id(0), tl.program_id(2).to(tl.int64)
     line = batch * tl.num_programs(0) + row
-    orders += line * topk
+    bits += line * topk
     keys += line * topk
     many = tl.load(count + line)
     i = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    order = tl.load(orders + i, mask=i < many, other=0)
+    order = ordered(tl.load(bits + i, mask=i < many, other=0), TOP)
     key = tl.load(keys + i, mask=i < many, other=-1)
     place = tl.zeros((BLOCK,), tl.int32)
     for first in range(0, many, BLOCK):
         o = first + tl.arange(0, BLOCK)
-        other = tl.load(orders + o, mask=o < many, other=0)[None, :]
+        other = ordered(tl.load(bits + o, mask=o < many, other=0), TOP)[None, :]
         other_key = tl.load(keys + o, mask=o < many, other=0)[None, :]
         better = (other > order[:, None]) | ((other == order[:, None]) & (other_key < key[:, None]))
         place += tl.sum((better & (o < many)[None, :]).to(tl.int32), axis=1)

@@ -47,20 +47,6 @@ def between(low, high):
 
 
 @triton.jit
-def evenly_between(a, b, more, fewer, wanted):
-    """Return an integer between two of one sign, where `wanted` lie above it if those between them lay evenly.
-
-    more, fewer: how many are above each.
-    """
-    apart, share = (b - a).to(tl.float32), (more - wanted).to(tl.float32) / (more - fewer).to(tl.float32)
-    if a.dtype.primitive_bitwidth == 64:
-        step = (apart * share).to(tl.int64)
-    else:
-        step = tl.minimum(apart * share, 2147483520.0).to(tl.int32)
-    return a + tl.minimum(tl.maximum(step, 1), b - a - 1)
-
-
-@triton.jit
 def packed(order, key):
     """Return an int32 and a key as one int64. Of an order, it has the total order: ties go to the smaller key."""
     return (order.to(tl.int64) << 32) | (key ^ 0x7FFFFFFF).to(tl.int64)
@@ -86,15 +72,48 @@ def put(found, found_key, at, order, key, mask):
 
 
 @triton.jit
-def numbered(chosen):
-    """Return a place for each of what is chosen [wide, deep], from 0 on, thread by thread, and how many there are.
+def taken(found, found_key, at, mask):
+    """Return the keys and floats of places of a row that `put` wrote bits and keys to."""
+    if found_key is None:
+        both = tl.load(found + at, mask=mask, other=0)
+        key, x = key_of(both), (both >> 32).to(tl.int32).to(tl.float32, bitcast=True)
+    else:
+        key, x = tl.load(found_key + at, mask=mask, other=0), tl.load(found + at, mask=mask, other=0)
+        x = x.to(tl.float64, bitcast=True)
+    return key, x
+
+
+@triton.jit
+def _placed(one):
+    """Return the sum of what stands before each of [wide, deep], thread by thread, and the sum of all.
 
     A thread holds a row: of the sum over all of them only one value a row crosses threads.
     """
-    one = chosen.to(tl.int32)
-    within = tl.cumsum(one, axis=1)
     each = tl.sum(one, axis=1)
-    place = (tl.cumsum(each, axis=0) - each)[:, None] + (within - one)
-    # Places are no neighbours. Said to be, they are stored from the threads that they are in, by every Triton: stores
-    # are never merged beyond what their masks share, which is nothing.
-    return tl.max_contiguous(place, (2, 1)), tl.sum(each, axis=0)
+    return (tl.cumsum(each, axis=0) - each)[:, None] + (tl.cumsum(one, axis=1) - one), tl.sum(each, axis=0)
+
+
+@triton.jit
+def _scattered(place):
+    """Return places that are said to be no neighbours: then every Triton stores them from the threads they are in.
+
+    Stores are never merged beyond what their masks share, which is nothing.
+    """
+    return tl.max_contiguous(place, (2, 1))
+
+
+@triton.jit
+def numbered(chosen):
+    """Return a place for each of what is chosen [wide, deep], from 0 on, and how many there are."""
+    place, many = _placed(chosen.to(tl.int32))
+    return _scattered(place), many
+
+
+@triton.jit
+def numbered_apart(chosen, best, start, end):
+    """Return a place for each of what is chosen: from `start` on for the best of it, and down from `end` for the rest.
+
+    And how many of each there are, fewer than 2 ** 15.   best: nothing that is not chosen.
+    """
+    place, many = _placed(tl.where(best, 1, tl.where(chosen, 1 << 16, 0)))
+    return _scattered(tl.where(best, start + (place & 0xFFFF), end - (place >> 16))), many & 0xFFFF, many >> 16

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-import triton.language as tl
 from torch import Tensor
 
 from headfold.backends.triton.keep import keep_kernel
@@ -19,14 +18,15 @@ from headfold.triton_tiles import Kept, cdiv
 class Row(NamedTuple):
     """Sizes of the selecting kernels for rows of up to `sk` keys.
 
-    deep, sample: keys that a thread takes in one step of a walk, and keys of the sample.   warps, registers: of the
-    programs that keep rows, and of their threads, at most; left to itself, ptxas spills some to run more programs than
-    a slab has rows.   order_warps: of those that sort rows whole.   pairs: kept keys that one program of `count_kernel`
-    compares with as many others.
+    held, deep: keys that a thread takes of what is cut, and in one step of a walk.   sample: keys that are looked at
+    first.   warps, registers: of the programs that keep rows, and of their threads, at most; left to itself, ptxas
+    spills some to run more programs than a slab has rows.   order_warps: of those that sort rows whole.   pairs: kept
+    keys that one program of `count_kernel` compares with as many others.
     """
 
     arch: str
     sk: int
+    held: int
     deep: int
     sample: int
     warps: int
@@ -40,25 +40,25 @@ ANY = 1 << 31
 PART_WARPS = 4
 # The sample grows where more keys lie above its pivot than may be kept.
 TILES = (
-    # arch, sk, deep, sample, warps, registers, order_warps, pairs
-    Row("cpu", ANY, 8, 64, 1, 255, 1, 32),
-    Row("*", 32768, 8, 2048, 4, 168, 4, 64),
-    Row("*", 65536, 8, 4096, 8, 128, 4, 64),
-    Row("*", ANY, 8, 4096, 16, 128, 4, 64),
+    # arch, sk, held, deep, sample, warps, registers, order_warps, pairs
+    Row("cpu", ANY, 8, 8, 64, 1, 255, 1, 32),
+    Row("*", 4096, 8, 8, 2048, 4, 128, 4, 64),
+    Row("*", 32768, 16, 8, 2048, 4, 128, 4, 64),
+    Row("*", 65536, 8, 8, 4096, 8, 128, 4, 64),
+    Row("*", ANY, 8, 16, 4096, 16, 128, 4, 64),
 )
 
 
 class Order(NamedTuple):
-    """The integers that have the order of scores: their dtype, that of -inf, and that of NaN."""
+    """Of the integers that have the order of scores, that of -inf and that of NaN."""
 
-    dtype: tl.dtype
     bottom: int
     top: int
 
 
 ORDERS = {
-    torch.float32: Order(tl.int32, -0x7F800001, 2**31 - 1),
-    torch.float64: Order(tl.int64, -0x7FF0000000000001, 2**63 - 1),
+    torch.float32: Order(-0x7F800001, 2**31 - 1),
+    torch.float64: Order(-0x7FF0000000000001, 2**63 - 1),
 }
 
 
@@ -75,9 +75,19 @@ class Scratch:
         self.found = empty(plan.room * plan.capacity, torch.int64)
         self.found_key = empty(plan.room * plan.capacity, torch.int32) if wide else None
         self.count = empty(plan.rows, torch.int32)
-        self.orders = empty(plan.rows * plan.topk, torch.int64 if wide else torch.int32)
+        self.scores = empty(plan.rows * plan.topk, torch.float64 if wide else torch.float32)
         self.keys = empty(plan.rows * plan.topk, torch.int32) if wide else None
         self.packed = empty(plan.rows * plan.packed, torch.int64)
+
+    @property
+    def bits(self) -> Tensor:
+        """The scores as integers of their width."""
+        return self.scores.view(torch.int64 if self.plan.size == 8 else torch.int32)
+
+    def lines(self, buffer: Tensor, first: int, b: int, rows: int) -> Tensor:
+        """View lines of a buffer, from `first` on, as [b, rows, topk]."""
+        topk = self.plan.topk
+        return buffer.as_strided((b, rows, topk), (rows * topk, topk, 1), first * topk)
 
 
 def row_of(arch: str, sk: int) -> Row:
@@ -129,11 +139,14 @@ def keep(
     start, end: int32 [1 or b, rows] or None; offset, ratio: the static bound of the slab's first row: they bound
     what is read.   scratch: for at least line + b · rows rows; its topk may be more than a slab has keys.
     """
-    plan, tile, ordered = scratch.plan, row_of(arch_of(slab.device), slab.shape[2]), ORDERS[slab.dtype]
+    plan, tile, order = scratch.plan, row_of(arch_of(slab.device), slab.shape[2]), ORDERS[slab.dtype]
     b, rows, sk = slab.shape
-    waits = in_order or plan.size == 8
     if b * rows * plan.topk == 0:
         return
+    if in_order or plan.size == 8:
+        scores = scratch.lines(scratch.scores, line, b, rows)
+    if scratch.keys is not None:
+        indices = scratch.lines(scratch.keys, line, b, rows)
     with torch.cuda.device_of(slab):
         launch(
             keep_kernel,
@@ -144,13 +157,12 @@ def keep(
             scratch.found,
             scratch.found_key,
             scratch.count,
-            scratch.orders if waits else None,
-            scratch.keys,
             indices,
-            None if waits else scores,
+            scores,
             sk,
             plan.topk,
             plan.capacity,
+            plan.held,
             line,
             0 if offset is None else offset,
             slab.stride(0),
@@ -161,12 +173,11 @@ def keep(
             *((0, 0) if scores is None else scores.stride()[:2]),
             RATIO=ratio,
             HAS_OFFSET=offset is not None,
-            BOTTOM=ordered.bottom,
-            TOP=ordered.top,
-            ORDER=ordered.dtype,
-            SAMPLE=tile.sample,
-            DEEP=deep(tile, slab.dtype),
-            HELD=held(tile, plan),
+            BOTTOM=order.bottom,
+            TOP=order.top,
+            SAMPLE=tile.sample if sk > plan.held else 0,
+            DEEP=taken(tile.deep, slab.dtype),
+            HELD=taken(tile.held, slab.dtype),
             WIDE=32 * tile.warps,
             num_warps=tile.warps,
             **({"maxnreg": tile.registers} if torch.version.hip is None else {}),
@@ -189,28 +200,28 @@ def _finish(indices: Tensor, scores: Tensor | None, top: int, scratch: Scratch) 
     strides = *indices.stride()[:2], *((0, 0) if scores is None else scores.stride()[:2])
     results = indices, scores, topk
     if plan.size == 8:
-        grid, kept = (rows, cdiv(topk, tile.pairs), b), (scratch.orders, scratch.keys, scratch.count)
+        grid, kept = (rows, cdiv(topk, tile.pairs), b), (scratch.bits, scratch.keys, scratch.count)
         constants = {"TOP": top, "BLOCK": tile.pairs, "num_warps": PART_WARPS}
         launch(count_kernel, grid, *kept, *results, *strides, **constants)
         return
     if plan.blocks == 2:
         constants = {"TOP": top, **network(plan.block, tile.order_warps), "num_warps": tile.order_warps}
-        launch(order_kernel, (rows, 1, b), scratch.orders, scratch.count, *results, *strides, **constants)
+        launch(order_kernel, (rows, 1, b), scratch.bits, scratch.count, *results, *strides, **constants)
         return
     for period, apart in rounds(plan.blocks):
         first = period == 1
         grid = rows, plan.blocks // 2 if first else plan.blocks - apart, b
-        constants = {"BLOCK": plan.block, "FIRST": first, "num_warps": PART_WARPS}
+        constants = {"TOP": top, "BLOCK": plan.block, "FIRST": first, "num_warps": PART_WARPS}
         run = topk, plan.blocks, period, apart, *strides[:2]
-        launch(merge_kernel, grid, scratch.orders, scratch.count, indices, scratch.packed, *run, **constants)
+        launch(merge_kernel, grid, scratch.bits, scratch.count, indices, scratch.packed, *run, **constants)
     grid = rows, cdiv(topk, plan.block), b
     constants = {"TOP": top, "STEP": plan.block, "num_warps": PART_WARPS}
     launch(write_kernel, grid, scratch.packed, *results, plan.blocks * plan.block, *strides, **constants)
 
 
-def deep(tile: Row, dtype: torch.dtype) -> int:
-    """Return the keys that a thread takes in one step of a walk over scores of a dtype."""
-    return tile.deep * 4 // dtype.itemsize
+def taken(count: int, dtype: torch.dtype) -> int:
+    """Return how many scores of a dtype a thread takes, for so many of float32."""
+    return count * 4 // dtype.itemsize
 
 
 def network(block: int, warps: int) -> dict[str, int]:
@@ -219,11 +230,6 @@ def network(block: int, warps: int) -> dict[str, int]:
     lanes = min(log, 5 + warps.bit_length() - 1)
     # A pair for each thread at least, of 64 a warp: what several threads hold, one of them stores while others load.
     return {"LOG": log, "LANES": lanes, "PAIRS": max(64 * warps, min(block, 512))}
-
-
-def held(tile: Row, plan: Kept) -> int:
-    """Return the keys that a thread holds while a row is cut."""
-    return max(1, plan.held // (32 * tile.warps))
 
 
 def rounds(blocks: int) -> list[tuple[int, int]]:

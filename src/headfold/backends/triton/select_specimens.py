@@ -11,7 +11,7 @@ import torch
 from headfold.backends.triton.compiling import Specimen
 from headfold.backends.triton.keep import keep_kernel
 from headfold.backends.triton.order import count_kernel, merge_kernel, order_kernel, write_kernel
-from headfold.backends.triton.select import ORDERS, PART_WARPS, TILES, Row, deep, held, network, row_of
+from headfold.backends.triton.select import ORDERS, PART_WARPS, TILES, Row, network, row_of, taken
 from headfold.triton_tiles import Kept
 
 POINTERS = {torch.float32: "*fp32:16", torch.float64: "*fp64:16"}
@@ -19,7 +19,7 @@ POINTERS = {torch.float32: "*fp32:16", torch.float64: "*fp64:16"}
 WIDTHS = (512, 2048, 4096)
 # Arguments by whose values nothing is specialised, and strides that are not a multiple of 16.
 ODD = (
-    *("sk", "topk", "capacity", "first_line", "offset", "blocks", "period", "apart", "start_row", "end_row"),
+    *("sk", "topk", "capacity", "at_once", "first_line", "offset", "blocks", "period", "apart", "start_row", "end_row"),
     *("scores_batch", "scores_row", "indices_batch", "indices_row", "results_batch", "results_row"),
 )
 
@@ -39,26 +39,26 @@ def specimens(arch: str) -> Iterator[Specimen]:
 
 
 def _keep(row: Row, dtype: torch.dtype, *, ranged: bool = False, in_order: bool = True) -> Specimen:
-    order = ORDERS[dtype]
+    plan = Kept.of(1, row.sk, min(2048, row.sk), dtype.itemsize)
     constants: dict[str, Any] = {
         "RATIO": 1,
         "HAS_OFFSET": True,
-        "BOTTOM": order.bottom,
-        "ORDER": order.dtype,
-        "SAMPLE": row.sample,
-        "DEEP": deep(row, dtype),
-        "HELD": held(row, Kept.of(1, row.sk, min(2048, row.sk), dtype.itemsize)),
+        "BOTTOM": ORDERS[dtype].bottom,
+        "SAMPLE": row.sample if plan.room else 0,
+        "DEEP": taken(row.deep, dtype),
+        "HELD": taken(row.held, dtype),
         "WIDE": 32 * row.warps,
     }
     if not ranged:
         constants |= dict.fromkeys(("start", "end"))
     if dtype == torch.float32:
-        constants |= {"found_key": None, "keys": None}
-    constants["results" if in_order else "orders"] = None
+        constants["found_key"] = None
+    if not in_order:
+        constants["results"] = None
     label = (
         f"keep {str(dtype).removeprefix('torch.')} sk={row.sk}"
         + (" ranged" if ranged else "")
-        + ("" if in_order else " unsorted")
+        + ("" if in_order else " keys alone")
     )
     return replace(_specimen(label, keep_kernel, dtype, constants, row.warps), registers=row.registers)
 
@@ -80,7 +80,7 @@ def _specimen(label: str, kernel: Any, dtype: torch.dtype, constants: dict[str, 
     constants = {**constants, **({"TOP": ORDERS[dtype].top} if "TOP" in kernel.arg_names else {})}
     types = dict.fromkeys(("start", "end", "count", "found_key", "indices", "keys"), "*i32:16")
     types |= dict.fromkeys(("found", "packed_rows"), "*i64:16")
-    types["orders"] = "*i64:16" if dtype == torch.float64 else "*i32:16"
+    types["bits"] = "*i64:16" if dtype == torch.float64 else "*i32:16"
     types |= {"scores": POINTERS[dtype], "results": POINTERS[dtype], **dict.fromkeys(ODD, "i32")}
     taken = {name: types.get(name, "i32:16") for name in kernel.arg_names if name not in constants}
     return Specimen(label, kernel, taken, constants, warps, 1, matrix=False)

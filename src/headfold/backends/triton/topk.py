@@ -51,6 +51,7 @@ def index_topk(
     buffer = torch.empty(plan.elements, dtype=dtype, device=q.device)
     scratch = Scratch(plan.kept, q.device)
     every = [x if x is None else x.view(1, b * sq, topk)[..., : plan.kept.topk] for x in (indices, scores)]
+    keys, beside = indices[..., : plan.kept.topk], None if scores is None else scores[..., : plan.kept.topk]
     first, line = 0, 0  # rows [first, line) of the call, counted over batches, are kept and not yet finished
     for part in _slabs(plan, b, sq, sk, offset, ratio):
         rows = (part.batch_end - part.batch) * (part.row_end - part.row)
@@ -74,11 +75,9 @@ def index_topk(
             relu,
             scale,
         )
-        picked, beside = rows_within(indices, part)[..., : plan.kept.topk], rows_within(scores, part)
-        if beside is not None:
-            beside = beside[..., : plan.kept.topk]
+        picked, best = rows_within(keys, part), rows_within(beside, part)
         bounds = few_start, few_end, moved, ratio
-        keep(slab, picked, beside, *bounds, scratch, at - first, in_order=in_order)
+        keep(slab, picked, best, *bounds, scratch, at - first, in_order=in_order)
         line = at + rows
     _finish(every, first, line, dtype, scratch, in_order)
     return indices, scores

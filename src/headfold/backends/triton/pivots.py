@@ -1,0 +1,59 @@
+"""A search among orders: three pivots at a time, told apart by how many orders are above each."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from headfold.backends.triton.orders import between, bits_of, ordered, scores_of
+
+# Of what is left on either side, how far from the likely place the outer pivots lie.
+NEAR = tl.constexpr(0.25)
+# Scores as large have no place told from them: infinity, NaN, and what float32 holds no difference of.
+LARGE = tl.constexpr(1e38)
+
+
+@triton.jit
+def pivots(a, b, more, fewer, wanted, step, TOP: tl.constexpr):
+    """Return three orders between two that are not neighbours, in order, to find one that `wanted` are above.
+
+    more, fewer: how many are above each.   step: of the search, from 0 on. Every third quarters the orders left, which
+    is never slow; the others are quick where scores lie evenly.
+    """
+    middle = between(a, b)
+    first, last = between(a, middle), between(middle, b)
+    low, high = scores_of(a, TOP), scores_of(b, TOP)
+    if (step % 3 < 2) & (low > -LARGE) & (high < LARGE):
+        share = (more - wanted).to(low.dtype) / (more - fewer).to(low.dtype)
+        likely = low + (high - low) * share
+        middle = tl.minimum(tl.maximum(ordered(bits_of(likely), TOP), a + 1), b - 1)
+        first = ordered(bits_of(likely - (likely - low) * NEAR), TOP)
+        last = ordered(bits_of(likely + (high - likely) * NEAR), TOP)
+    return tl.maximum(tl.minimum(first, middle), a + 1), middle, tl.minimum(tl.maximum(last, middle), b - 1)
+
+
+@triton.jit
+def count_true(which):
+    """Return how many of [wide, deep] are true: one number of each thread crosses threads."""
+    return tl.sum(tl.sum(which.to(tl.int32), axis=1), axis=0)
+
+
+@triton.jit
+def count_above(order, first, middle, last):
+    """Return how many orders [wide, deep], fewer than 2 ** 20, are above each of three pivots."""
+    a = tl.sum((order > first).to(tl.int32), axis=1).to(tl.int64)
+    b = tl.sum((order > middle).to(tl.int32), axis=1).to(tl.int64)
+    c = tl.sum((order > last).to(tl.int32), axis=1).to(tl.int64)
+    every = tl.sum(a | (b << 20) | (c << 40), axis=0)
+    return (every & 0xFFFFF).to(tl.int32), ((every >> 20) & 0xFFFFF).to(tl.int32), (every >> 40).to(tl.int32)
+
+
+@triton.jit
+def narrowed(a, b, more, fewer, least, pivot, over):
+    """Return (a, b, more, fewer) after a pivot between a and b that `over` are above; of several, the lowest is first.
+
+    At least `least` are above a, which `more` are, and fewer above b, which `fewer` are.
+    """
+    up = over >= least
+    down = (over < least) & (pivot < b)
+    return tl.where(up, pivot, a), tl.where(down, pivot, b), tl.where(up, over, more), tl.where(down, over, fewer)
