@@ -185,6 +185,31 @@ def test_neighbours_that_their_leading_bits_put_wrong_change_places(order: str, 
     assert_in_order(slab, topk, selected(slab, topk, 62))
 
 
+@pytest.mark.parametrize("topk", [9, 300, 511])
+@pytest.mark.parametrize("some", [0, 100])
+def test_a_plateau_is_put_in_order_of_its_keys(some: int, topk: int) -> None:
+    # Kept in the order of threads, equal scores are far from their places.
+    slab = torch.zeros(1, 2, 700)
+    slab[..., torch.randperm(700, generator=torch.Generator().manual_seed(0))[:some]] = torch.rand(some)
+    assert_in_order(slab, topk, selected(slab.to(DEVICE), topk, 700))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("topk", [12, 100])
+def test_a_row_that_sees_few_keys_among_many(topk: int, dtype: torch.dtype) -> None:
+    slab = torch.full((1, 2, 700), NEG_INF, dtype=dtype)
+    slab[..., ::11] = torch.randn(2, 64, generator=torch.Generator().manual_seed(0), dtype=dtype)
+    assert_in_order(slab, topk, selected(slab.to(DEVICE), topk, 120))
+
+
+def test_there_is_room_for_more_than_is_wanted() -> None:
+    # Else no sample tells a pivot with no fewer above it, and no more than there is room for.
+    for sk in (8192, 65536, 262144):
+        for topk in (1, 2048, 3000, 4096, 8192, 65536):
+            plan = Kept.of(1, sk, topk, 4)
+            assert plan.capacity == sk or plan.capacity >= 1.8 * topk
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("topk", "values"), [(1, 1000), (70, 2)])
 @pytest.mark.parametrize("capacity", [300, 700])  # too few, and enough to be cut at once
@@ -311,7 +336,7 @@ def test_without_an_order_the_same_keys_are_selected_with_what_is_missing_last(
 def test_rows_too_long_to_be_cut_at_once_share_room(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     small_slabs(monkeypatch, 2)
     monkeypatch.setattr(triton_tiles, "_HELD", 0)
-    monkeypatch.setattr(triton_tiles, "_CAPACITY", 80)
+    monkeypatch.setattr(triton_tiles, "_CAPACITIES", ((None, 1, 80),))
     monkeypatch.setattr(triton_tiles, "_KEPT_BYTES", 500 * dtype.itemsize)
     q, weights, k = (x for x in Case(10, 200, b=2, h=64, d=16).inputs(dtype) if x is not None)
     plan = kernels.selection_plan(q.transpose(0, 1), k.transpose(0, 1), True, 9, 64 * MIB)

@@ -25,10 +25,11 @@ _PRODUCT_ROWS = 128  # rows x heads
 _LEAST_BYTES = 12 * MIB
 # Scores that a row of a slab is padded to, so that rows begin where vector loads can.
 PADDING = 64
-# Keys of a row that is cut at once; of a longer one, keys that may be kept apart until it is cut. Between the pivots of
-# a sample of 2048 keys lie some 1200 keys where one in eight of 16384 is selected, and more in longer rows.
+# Keys of a row that is cut at once.
 _HELD = 4096
-_CAPACITY, _CAPACITY_LONG, _LONG = 3840, 6144, 65536
+# Of a longer row, the keys that may be put aside, as a multiple of those wanted: a sample leaves that many more above
+# its lower pivot in rows of up to so many keys, which take a larger sample where they are long. And the least of them.
+_CAPACITIES = ((65536, 15 / 8, 3840), (None, 3, 6144))
 # The sorting network takes two blocks in registers: as many as are kept, or two of these at a time.
 _SORTED = 1024
 _KEY = 4  # bytes of an int32
@@ -40,7 +41,7 @@ class Kept:
     """Scratch to select `topk` keys of so many rows before they are sorted, whose scores have `size` bytes.
 
     room: rows that are cut at a time of those with more than `held` keys.   capacity: how many keys of such a row may
-    be kept apart until it is cut, at least topk.
+    be put aside, at least topk.
     """
 
     rows: int
@@ -53,13 +54,14 @@ class Kept:
     def of(cls, rows: int, sk: int, topk: int, size: int) -> Kept:
         """Return the scratch for rows of sk keys, all of which are cut at a time."""
         topk = min(topk, sk)
-        capacity = max(topk, min(sk, _CAPACITY if sk <= _LONG else _CAPACITY_LONG))
+        share, least = next((share, least) for upto, share, least in _CAPACITIES if upto is None or sk <= upto)
+        capacity = min(sk, max(least, int(share * topk)))
         one = cls(rows, rows, topk, capacity, size)
         return one if sk > one.held else replace(one, room=0)
 
     @property
     def held(self) -> int:
-        """Keys of the longest row of which none is kept apart."""
+        """Keys of the longest row of which nothing is put aside."""
         return max(_HELD, self.capacity)
 
     @property
@@ -85,7 +87,7 @@ class Kept:
 
     @property
     def room_bytes(self) -> int:
-        """Scratch of a row until it is cut: what may be kept apart of its scores and keys."""
+        """Scratch of a row until it is cut: scores and keys that may be put aside."""
         return self.capacity * (self.size + _KEY)
 
     @property

@@ -5,14 +5,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from headfold.backends.triton.orders import between, bits_of, key_of, numbered, ordered, scores_of
+from headfold.backends.triton.orders import between, bits_of, key_of, numbered, ordered, places, scores_of
 from headfold.backends.triton.pivots import count_above, count_true, narrowed, pivots
-
-
-@triton.jit
-def _places(first, HELD: tl.constexpr, WIDE: tl.constexpr):
-    """Return places [WIDE, HELD] from `first` on, of which a thread takes HELD."""
-    return first + tl.arange(0, WIDE)[:, None] + tl.arange(0, HELD)[None, :] * WIDE
 
 
 @triton.jit
@@ -21,7 +15,7 @@ def _orders(
     BOTTOM: tl.constexpr, TOP: tl.constexpr, PACKED: tl.constexpr, HELD: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """Return the orders of places from `first` on, of those past n BOTTOM.   PACKED: bits, with a key or beside it."""
-    i = _places(first, HELD, WIDE)
+    i = places(first, HELD, WIDE)
     if not PACKED:
         order = ordered(bits_of(tl.load(row + i, mask=i < n, other=float("-inf"))), TOP)
     elif BOTTOM < -(2**31):
@@ -34,7 +28,7 @@ def _orders(
 @triton.jit
 def _keys(row, keys, first, wanted, PACKED: tl.constexpr, HELD: tl.constexpr, WIDE: tl.constexpr):
     """Return the keys of places from `first` on that are wanted.   keys: of scores, the first; a row of them; None."""
-    i = _places(first, HELD, WIDE)
+    i = places(first, HELD, WIDE)
     if not PACKED:
         key = keys + i
     elif keys is None:
@@ -67,7 +61,7 @@ def _find(
         a, b, others = _ends(_orders(row, first, n, BOTTOM, TOP, PACKED, HELD, WIDE), a, b, BOTTOM, TOP)
         more += others
     if more <= topk:
-        a, b = b * 0 + BOTTOM, b * 0 + BOTTOM
+        a, b = tl.full((), BOTTOM, order.dtype), tl.full((), BOTTOM, order.dtype)
     # More than topk are above a, and at most topk above b.
     fewer, steps = tl.zeros((), tl.int32), tl.zeros((), tl.int32)
     while (a + 1 < b) & (fewer < topk):
@@ -77,9 +71,7 @@ def _find(
             other = _orders(row, first, n, BOTTOM, TOP, PACKED, HELD, WIDE)
             others, others_middle, others_upper = count_above(other, lower, middle, upper)
             over, over_middle, over_upper = over + others, over_middle + others_middle, over_upper + others_upper
-        a, b, more, fewer = narrowed(a, b, more, fewer, topk + 1, lower, over)
-        a, b, more, fewer = narrowed(a, b, more, fewer, topk + 1, middle, over_middle)
-        a, b, more, fewer = narrowed(a, b, more, fewer, topk + 1, upper, over_upper)
+        a, b, more, fewer = narrowed(a, b, more, fewer, topk + 1, lower, middle, upper, over, over_middle, over_upper)
         steps += 1
     until = tl.zeros((), tl.int32)
     if (fewer < topk) & (b > BOTTOM):

@@ -1,8 +1,9 @@
 """What was kept of a row, put in order: by a network where a score and its key share 64 bits, else by counting.
 
 A row of up to 2048 is sorted by a network over its leading bits, and neighbours that those put wrong change places
-until none does. A row of more is sorted in pairs of blocks, whole, and Batcher's merge exchange says which pairs, from
-their numbers alone: a launch is one round of it.
+until none does. Where that does not end soon, as on a plateau, a slower network sorts it whole. A row of more is
+sorted in pairs of blocks, whole, and Batcher's merge exchange says which pairs, from their numbers alone: a launch is
+one round of it.
 """
 
 from __future__ import annotations
@@ -14,6 +15,22 @@ from headfold.backends.triton.network import places_by
 from headfold.backends.triton.orders import key_of, ordered, packed, scores_of
 
 NOTHING = tl.constexpr(-(2**63))
+# Turns in which neighbours change places. What is not in order then is far from it.
+TURNS = tl.constexpr(8)
+
+
+@triton.jit
+def _exchange(bits, indices, left, right, many):
+    """Put the better of two keys first, of pairs of which both places are before `many`; return how many were wrong."""
+    pair = right < many
+    better, worse = tl.load(bits + left, mask=pair, other=0), tl.load(bits + right, mask=pair, other=0)
+    first, last = tl.load(indices + left, mask=pair, other=0), tl.load(indices + right, mask=pair, other=0)
+    wrong = (better < worse) | ((better == worse) & (first > last))
+    tl.store(bits + left, worse, mask=wrong)
+    tl.store(bits + right, better, mask=wrong)
+    tl.store(indices + left, last, mask=wrong)
+    tl.store(indices + right, first, mask=wrong)
+    return tl.sum(wrong.to(tl.int32), axis=0)
 
 
 # Were rows known to be aligned, a thread would take several neighbours, and neighbours would lie on fewer threads.
@@ -53,21 +70,24 @@ def order_kernel(
     tl.debug_barrier()
     # Neighbours at even places and at odd ones by turns, until none of the one is wrong after those of the other.
     turns, swaps = tl.zeros((), tl.int32), tl.zeros((), tl.int32)
-    while (turns < 2) | (swaps > 0):
+    while ((turns < 2) | (swaps > 0)) & (turns < TURNS):
         swaps = tl.zeros((), tl.int32)
         for first in range(turns % 2, many - 1, 2 * PAIRS):
-            j = first + 2 * tl.arange(0, PAIRS)
-            pair = j + 1 < many
-            better, worse = tl.load(bits + j, mask=pair, other=0), tl.load(bits + j + 1, mask=pair, other=0)
-            left, right = tl.load(indices + j, mask=pair, other=0), tl.load(indices + j + 1, mask=pair, other=0)
-            wrong = (better < worse) | ((better == worse) & (left > right))
-            tl.store(bits + j, worse, mask=wrong)
-            tl.store(bits + j + 1, better, mask=wrong)
-            tl.store(indices + j, right, mask=wrong)
-            tl.store(indices + j + 1, left, mask=wrong)
-            swaps += tl.sum(wrong.to(tl.int32), axis=0)
+            left = first + 2 * tl.arange(0, PAIRS)
+            swaps += _exchange(bits, indices, left, left + 1, many)
         turns += 1
         tl.debug_barrier()
+    if swaps > 0:
+        # A bitonic network. Every exchange puts the better one first, so none is needed with places past the last.
+        for run in range(0, LOG):
+            for step in range(0, run + 1):
+                apart = run - step
+                for first in range(0, 1 << (LOG - 1), PAIRS):
+                    pair = first + tl.arange(0, PAIRS)
+                    left = (pair >> apart << (apart + 1)) | (pair & ((1 << apart) - 1))
+                    right = tl.where(step == 0, left ^ ((2 << apart) - 1), left | (1 << apart))
+                    _exchange(bits, indices, left, right, many)
+                tl.debug_barrier()
     if scores is not None:
         scores += batch * scores_batch + row.to(tl.int64) * scores_row
         tl.store(scores + e, scores_of(tl.load(bits + e, mask=e < many, other=0), TOP), mask=e < many)

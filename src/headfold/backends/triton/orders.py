@@ -73,40 +73,35 @@ def put(found, found_key, at, order, key, mask):
 
 @triton.jit
 def taken(found, found_key, at, mask):
-    """Return the keys and floats of places of a row that `put` wrote bits and keys to."""
+    """Return the orders (or bits) and keys of places of a row that `put` wrote."""
     if found_key is None:
         both = tl.load(found + at, mask=mask, other=0)
-        key, x = key_of(both), (both >> 32).to(tl.int32).to(tl.float32, bitcast=True)
+        order, key = (both >> 32).to(tl.int32), key_of(both).to(tl.int32)
     else:
-        key, x = tl.load(found_key + at, mask=mask, other=0), tl.load(found + at, mask=mask, other=0)
-        x = x.to(tl.float64, bitcast=True)
-    return key, x
+        order, key = tl.load(found + at, mask=mask, other=0), tl.load(found_key + at, mask=mask, other=0)
+    return order, key
 
 
 @triton.jit
-def _placed(one):
+def places(first, DEEP: tl.constexpr, WIDE: tl.constexpr):
+    """Return places [WIDE, DEEP] from `first` on, of which a thread takes DEEP."""
+    return first + tl.arange(0, WIDE)[:, None] + tl.arange(0, DEEP)[None, :] * WIDE
+
+
+# Places are no neighbours, but said to be in pairs: then every Triton stores them from the threads that they are in. It
+# is safe where masks depend on data, as stores are never merged beyond what their masks share, and has to be said where
+# places are computed.
+@triton.jit
+def numbered(one):
     """Return the sum of what stands before each of [wide, deep], thread by thread, and the sum of all.
 
-    A thread holds a row: of the sum over all of them only one value a row crosses threads.
+    Of what is 1 for what is chosen, and else 0, they are places from 0 on. A thread holds a row: of the sum over all
+    of them only one value a row crosses threads.
     """
+    one = one.to(tl.int32)
     each = tl.sum(one, axis=1)
-    return (tl.cumsum(each, axis=0) - each)[:, None] + (tl.cumsum(one, axis=1) - one), tl.sum(each, axis=0)
-
-
-@triton.jit
-def _scattered(place):
-    """Return places that are said to be no neighbours: then every Triton stores them from the threads they are in.
-
-    Stores are never merged beyond what their masks share, which is nothing.
-    """
-    return tl.max_contiguous(place, (2, 1))
-
-
-@triton.jit
-def numbered(chosen):
-    """Return a place for each of what is chosen [wide, deep], from 0 on, and how many there are."""
-    place, many = _placed(chosen.to(tl.int32))
-    return _scattered(place), many
+    place = (tl.cumsum(each, axis=0) - each)[:, None] + (tl.cumsum(one, axis=1) - one)
+    return tl.max_contiguous(place, (2, 1)), tl.sum(each, axis=0)
 
 
 @triton.jit
@@ -115,5 +110,6 @@ def numbered_apart(chosen, best, start, end):
 
     And how many of each there are, fewer than 2 ** 15.   best: nothing that is not chosen.
     """
-    place, many = _placed(tl.where(best, 1, tl.where(chosen, 1 << 16, 0)))
-    return _scattered(tl.where(best, start + (place & 0xFFFF), end - (place >> 16))), many & 0xFFFF, many >> 16
+    place, many = numbered(tl.where(best, 1, tl.where(chosen, 1 << 16, 0)))
+    place = tl.where(best, start + (place & 0xFFFF), end - (place >> 16))
+    return tl.max_contiguous(place, (2, 1)), many & 0xFFFF, many >> 16

@@ -40,20 +40,30 @@ def count_true(which):
 
 @triton.jit
 def count_above(order, first, middle, last):
-    """Return how many orders [wide, deep], fewer than 2 ** 20, are above each of three pivots."""
-    a = tl.sum((order > first).to(tl.int32), axis=1).to(tl.int64)
-    b = tl.sum((order > middle).to(tl.int32), axis=1).to(tl.int64)
-    c = tl.sum((order > last).to(tl.int32), axis=1).to(tl.int64)
-    every = tl.sum(a | (b << 20) | (c << 40), axis=0)
+    """Return how many orders [wide, deep] are above each of three pivots, of which none is below one before it.
+
+    A thread's three counts, of fewer than 2 ** 10, are one integer, and those of all threads, of fewer than 2 ** 20.
+    """
+    above = tl.where(order > last, 0x100401, tl.where(order > middle, 0x401, tl.where(order > first, 1, 0)))
+    each = tl.sum(above, axis=1)
+    spread = (each & 0x3FF).to(tl.int64) | ((each & 0xFFC00).to(tl.int64) << 10) | ((each >> 20).to(tl.int64) << 40)
+    every = tl.sum(spread, axis=0)
     return (every & 0xFFFFF).to(tl.int32), ((every >> 20) & 0xFFFFF).to(tl.int32), (every >> 40).to(tl.int32)
 
 
 @triton.jit
-def narrowed(a, b, more, fewer, least, pivot, over):
-    """Return (a, b, more, fewer) after a pivot between a and b that `over` are above; of several, the lowest is first.
-
-    At least `least` are above a, which `more` are, and fewer above b, which `fewer` are.
-    """
+def _narrowed(a, b, more, fewer, least, pivot, over):
     up = over >= least
     down = (over < least) & (pivot < b)
     return tl.where(up, pivot, a), tl.where(down, pivot, b), tl.where(up, over, more), tl.where(down, over, fewer)
+
+
+@triton.jit
+def narrowed(a, b, more, fewer, least, first, middle, last, over, over_middle, over_last):
+    """Return (a, b, more, fewer) after three pivots between a and b, in order, that so many are above.
+
+    At least `least` are above a, which `more` are, and fewer above b, which `fewer` are.
+    """
+    a, b, more, fewer = _narrowed(a, b, more, fewer, least, first, over)
+    a, b, more, fewer = _narrowed(a, b, more, fewer, least, middle, over_middle)
+    return _narrowed(a, b, more, fewer, least, last, over_last)

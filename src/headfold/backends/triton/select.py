@@ -19,9 +19,9 @@ class Row(NamedTuple):
     """Sizes of the selecting kernels for rows of up to `sk` keys.
 
     held, deep: keys that a thread takes of what is cut, and in one step of a walk.   sample: keys that are looked at
-    first.   warps, registers: of the programs that keep rows, and of their threads, at most; left to itself, ptxas
-    spills some to run more programs than a slab has rows.   order_warps: of those that sort rows whole.   pairs: kept
-    keys that one program of `count_kernel` compares with as many others.
+    first.   warps, registers: of the programs that keep rows, and of their threads, at most: as many programs are to
+    fit a core as a slab has rows for each.   order_warps: of those that sort rows whole.   pairs: kept keys that one
+    program of `count_kernel` compares with as many others.
     """
 
     arch: str
@@ -38,7 +38,7 @@ class Row(NamedTuple):
 ANY = 1 << 31
 # Of programs that write rows, or sort their parts.
 PART_WARPS = 4
-# The sample grows where more keys lie above its pivot than may be kept.
+# A larger sample leaves fewer keys of a long row between its pivots.
 TILES = (
     # arch, sk, held, deep, sample, warps, registers, order_warps, pairs
     Row("cpu", ANY, 8, 8, 64, 1, 255, 1, 32),
@@ -85,7 +85,7 @@ class Scratch:
         return self.scores.view(torch.int64 if self.plan.size == 8 else torch.int32)
 
     def lines(self, buffer: Tensor, first: int, b: int, rows: int) -> Tensor:
-        """View lines of a buffer, from `first` on, as [b, rows, topk]."""
+        """View lines of a buffer of this scratch, from `first` on, as [b, rows, topk]."""
         topk = self.plan.topk
         return buffer.as_strided((b, rows, topk), (rows * topk, topk, 1), first * topk)
 

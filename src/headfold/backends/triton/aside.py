@@ -1,0 +1,122 @@
+"""What is put aside of a row of scores: what a sample says is selected, and what lies near the cut.
+
+The sample decides how long a selection takes, never what is selected: how much was put aside is counted.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from headfold.backends.triton.orders import bits_of, numbered_apart, ordered, places, put, scores_of, taken
+from headfold.backends.triton.pivots import count_above, narrowed, pivots
+
+# Deviations of the sample's count that the pivots lie from the cut, where there is room for what lies between; a wrong
+# sample costs time only.
+DEVIATIONS = tl.constexpr(4.5)
+# As a share of the sample's keys above it, by how many more than are wanted the pivot is near enough.
+SLACK = tl.constexpr(32)
+
+
+@triton.jit
+def _near(order, a, b, more, fewer, least, slack, TOP: tl.constexpr):
+    """Return (a, b, more): at least `least` of a sample are above a, which `more` are, and fewer above b.
+
+    As they are given, but nearer: at most `slack` more than that are above a, unless b is its neighbour. Where what is
+    given is not so, for a sample's NaN or -inf, what is returned may not be either.
+    """
+    steps = tl.zeros((), tl.int32)
+    while (a + 1 < b) & (more > least + slack):
+        lower, middle, upper = pivots(a, b, more, fewer, least, steps, TOP)
+        over, over_middle, over_upper = count_above(order, lower, middle, upper)
+        a, b, more, fewer = narrowed(a, b, more, fewer, least, lower, middle, upper, over, over_middle, over_upper)
+        steps += 1
+    return a, b, more
+
+
+@triton.jit
+def sampled(
+    scores, low, n, topk, capacity,
+    BOTTOM: tl.constexpr, TOP: tl.constexpr, SAMPLE: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    """Return two pivots, from an even sample of the row, with probably the cut between them and at most capacity keys.
+
+    Neither is past the order of an infinity, as what is above is told by comparing floats.
+    """
+    i = places(0, SAMPLE // WIDE, WIDE).to(tl.int64)
+    order = ordered(bits_of(tl.load(scores + low + i * n // SAMPLE)), TOP)
+    share = topk.to(tl.float32) / n.to(tl.float32)
+    spare = (capacity - topk).to(tl.float32) / n.to(tl.float32) * SAMPLE / 2
+    apart = tl.minimum(DEVIATIONS * tl.sqrt(SAMPLE * share * (1 - share)) + 2, spare)
+    least, most = tl.ceil(SAMPLE * share + apart).to(tl.int32), tl.floor(SAMPLE * share - apart).to(tl.int32)
+    infinite: tl.constexpr = -BOTTOM - 1
+    a = tl.minimum(tl.maximum(tl.min(tl.min(order, axis=1), axis=0) - 1, BOTTOM), infinite)
+    b = tl.minimum(tl.max(tl.max(order, axis=1), axis=0), infinite)
+    more, fewer = tl.full((), SAMPLE, tl.int32), tl.zeros((), tl.int32)
+    if least > SAMPLE:
+        a = tl.full((), BOTTOM, order.dtype)
+    else:
+        a, _, more = _near(order, a, b, more, fewer, least, least // SLACK, TOP)
+    upper = tl.full((), infinite, order.dtype)
+    if most > 0:
+        below, above, many = _near(order, a, b, more, fewer, most - most // SLACK, most // SLACK, TOP)
+        upper = tl.where(many <= most, below, above)
+    return a, upper
+
+
+@triton.jit
+def _above(x, pivot, TOP: tl.constexpr):
+    """Return whether scores are above a pivot. NaN is above all."""
+    # Nothing has the order -1, which would be -0.0 and equal to what is above it.
+    return ~(x <= scores_of(tl.where(pivot == -1, -2, pivot), TOP))
+
+
+@triton.jit
+def _step(scores, found, found_key, t, x, a, b, sure, kept, capacity, TOP: tl.constexpr):
+    """Put keys t with scores x aside that are above b, or above a alone, and return how many of each there are now.
+
+    Where there is no room for both, this step puts none aside.
+    """
+    aside, best = _above(x, a, TOP), _above(x, b, TOP)
+    place, many, many_near = numbered_apart(aside, best, sure, capacity - 1 - kept)
+    if sure + many + kept + many_near <= capacity:
+        put(found, found_key, place, bits_of(x), t, aside)
+    return sure + many, kept + many_near
+
+
+@triton.jit
+def walk(
+    scores, found, found_key, low, n, a, b, capacity,
+    TOP: tl.constexpr, DEEP: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    """Put n keys aside that are above b, and from the end of the room those above a alone; return how many of each.
+
+    Where there is no room for all of them, some are missing.
+    """
+    STEP: tl.constexpr = DEEP * WIDE
+    sure, kept = tl.zeros((), tl.int32), tl.zeros((), tl.int32)
+    whole = low + n // STEP * STEP
+    t = places(low, DEEP, WIDE)
+    x = tl.load(scores + t, mask=tl.full((WIDE, DEEP), low, tl.int32) < whole)
+    for first in range(low, whole, STEP):
+        t = places(first, DEEP, WIDE)
+        more = tl.full((WIDE, DEEP), first + STEP, tl.int32) < whole
+        coming = tl.load(scores + t + STEP, mask=more)  # it is on its way meanwhile
+        sure, kept = _step(scores, found, found_key, t, x, a, b, sure, kept, capacity, TOP)
+        x = coming
+    if whole < low + n:
+        t = places(whole, DEEP, WIDE)
+        x = tl.load(scores + t, mask=t < low + n, other=float("-inf"))
+        sure, kept = _step(scores, found, found_key, t, x, a, b, sure, kept, capacity, TOP)
+    return sure, kept
+
+
+@triton.jit
+def write(found, found_key, many, indices, results, TOP: tl.constexpr, DEEP: tl.constexpr, WIDE: tl.constexpr):
+    """Write the first keys that were put aside, and their scores."""
+    for first in range(0, many, DEEP * WIDE):
+        i = places(first, DEEP, WIDE)
+        bits, key = taken(found, found_key, i, i < many)
+        tl.store(indices + i, key.to(indices.dtype.element_ty), mask=i < many)
+        if results is not None:
+            tl.store(results + i, scores_of(ordered(bits, TOP), TOP), mask=i < many)
