@@ -54,6 +54,15 @@ def test_numbers_whose_value_is_not_looked_at_are_told_apart_by_their_width() ->
     assert launching.widths((7, 8)) is launching.widths(()) is None
 
 
+@given(st.none() | NUMBERS, st.none() | NUMBERS)
+def test_what_is_a_number_in_one_launch_may_be_none_in_another(one: int | None, two: int | None) -> None:
+    # Whichever of the two came first and said what the parameter is.
+    for said in (launching.traits, launching.traits_of_numbers):
+        if said((one,)) == said((two,)):
+            assert seen_by_triton([one]) == seen_by_triton([two])
+    assert launching.widths((one, 7)) is None or launching.widths((one, 7)) == (one if one is None else False, True)
+
+
 class Parameter:
     def __init__(self, do_not_specialize: bool) -> None:
         self.do_not_specialize = do_not_specialize
@@ -69,7 +78,7 @@ def test_the_arguments_of_a_kernel_are_told_apart_once() -> None:
     again = tensor, tensor, 30, 40, 5.0
     assert known.looked_at(again) == (40,)
     assert known.others(again) == (30,)
-    first, second = known.tensors(again)
+    first, second = known.rest(again)
     assert first is second is tensor
 
 

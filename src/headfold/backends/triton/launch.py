@@ -27,13 +27,13 @@ class Parameters(NamedTuple):
     """Parameters of a kernel that are no constants, by what is compiled in of their arguments.
 
     kernel: kept, so that its id stays its own.   looked_at: numbers of whose values something is.   others: numbers of
-    which only the width is.   tensors: tensors and None. Of what is a float, nothing is.
+    which only the width is.   rest: tensors and None at first. What was a float stays one, and nothing is.
     """
 
     kernel: Any
     looked_at: Callable[[Values], Values]
     others: Callable[[Values], Values]
-    tensors: Callable[[Values], Values]
+    rest: Callable[[Values], Values]
 
 
 _parameters: dict[int, Parameters] = {}
@@ -43,7 +43,7 @@ _compiled: dict[Values, tuple[Any, Values]] = {}
 def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **constants: Any) -> None:
     """Run kernel[grid](*args, **constants) on the current device and stream.
 
-    args: tensors, integers, floats and None, for every parameter that is no constant; what is a number is one in every
+    args: tensors, integers, floats and None, for every parameter that is no constant; what is a float is one in every
     launch.   constants: the others and the launch's options, hashable.
     """
     if not isinstance(kernel, triton.JITFunction) or torch.version.hip is not None:
@@ -59,7 +59,7 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **constants: Any) -> 
         *constants.values(),
         traits_of_numbers(known.looked_at(args)),
         widths(known.others(args)),
-        *traits(known.tensors(args)),
+        *traits(known.rest(args)),
     )
     found = _compiled.get(key)
     if found is None:
@@ -91,10 +91,12 @@ def _getter(places: list[int]) -> Callable[[Values], Values]:
 
 @functools.lru_cache(maxsize=4096)  # mostly strides, the same in call after call
 def traits_of_numbers(numbers: Values) -> int:
-    """Return what a compiled kernel is told of integers: two lists of them that are equal share one."""
+    """Return what a compiled kernel is told of integers and None: two lists of them that are equal share one."""
     traits = 1
     for x in numbers:
-        traits = traits << 3 | _is_narrow(x) << 2 | (x == 1) << 1 | (x % _ALIGNED == 0)
+        # No integer is both 1 and a multiple of 16.
+        one = 3 if x is None else _is_narrow(x) << 2 | (x == 1) << 1 | (x % _ALIGNED == 0)
+        traits = traits << 3 | one
     return traits
 
 
@@ -109,12 +111,21 @@ def _is_narrow(x: int) -> bool:
 
 
 def widths(numbers: Values) -> Values | None:
-    """Return which of numbers are narrow, or None where all are, as nearly always."""
+    """Return which of numbers are narrow, and which are None, or None where all are narrow, as nearly always."""
+    if None in numbers:
+        return tuple(x if x is None else _is_narrow(x) for x in numbers)
     if not numbers or (_is_narrow(max(numbers)) and _is_narrow(min(numbers))):
         return None
     return tuple(map(_is_narrow, numbers))
 
 
-def traits(tensors: Values) -> list[Any]:
-    """Return what a compiled kernel is told of tensors and of None."""
-    return [x if x is None else (x.dtype, x.data_ptr() % _ALIGNED == 0) for x in tensors]
+def traits(rest: Values) -> list[Any]:
+    """Return what a compiled kernel is told of tensors, of None, and of what is a number in another launch."""
+    return [
+        x
+        if x is None
+        else (x.dtype, x.data_ptr() % _ALIGNED == 0)
+        if isinstance(x, Tensor)
+        else traits_of_numbers((x,))
+        for x in rest
+    ]
