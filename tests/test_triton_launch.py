@@ -52,6 +52,7 @@ def test_numbers_whose_value_is_not_looked_at_are_told_apart_by_their_width() ->
     assert launching.widths((7, 2**31)) == launching.widths((8, 2**31 + 1)) == (True, False)
     assert launching.widths((-(2**31) - 1, 7)) == (False, True)
     assert launching.widths((7, 8)) is launching.widths(()) is None
+    assert launching.widths((None, 7)) == (None, True)
 
 
 @given(st.none() | NUMBERS, st.none() | NUMBERS)
@@ -60,7 +61,6 @@ def test_what_is_a_number_in_one_launch_may_be_none_in_another(one: int | None, 
     for said in (launching.traits, launching.traits_of_numbers):
         if said((one,)) == said((two,)):
             assert seen_by_triton([one]) == seen_by_triton([two])
-    assert launching.widths((one, 7)) is None or launching.widths((one, 7)) == (one if one is None else False, True)
 
 
 class Parameter:
@@ -127,6 +127,19 @@ def test_what_is_known_is_started_at_once_with_its_constants_in_their_order(devi
     launching.launch(kernel, (7, 2), x, 48, M=5, N=7, num_warps=4)
     assert [one[0] for one in kernel.said] == ["first", "at once", "first", "first", "first", "first"]
     assert kernel.said[1] == ("at once", (7, 1, 1), (x, 48, 6, 5))
+
+
+@pytest.mark.parametrize("values", [(None, 3, None, 3), (3, None, 3, None)])
+@pytest.mark.parametrize("specialized", [True, False])
+def test_an_offset_may_be_a_number_in_one_launch_and_none_in_another(
+    values: tuple[int | None, ...], specialized: bool, devices: list[int]
+) -> None:
+    kernel, x = Jitted(Compiled), torch.zeros(4)
+    kernel.params = tuple(Parameter(not specialized) for _ in range(4))
+    for n in values:
+        launching.launch(kernel, (1,), x, n, M=5, N=6)
+    assert [one[0] for one in kernel.said] == ["first", "first", "at once", "at once"]
+    assert [one[2][1] for one in kernel.said] == [*values]
 
 
 def test_what_a_hook_kept_from_being_compiled_is_not_known(devices: list[int]) -> None:

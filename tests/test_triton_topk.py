@@ -120,6 +120,22 @@ def test_zeros_and_nan_of_either_sign_are_one(dtype: torch.dtype, capacity: int)
         assert_in_order(slab, topk, selected(slab, topk, capacity))
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_results_hold_one_nan_and_one_zero_however_they_were_selected(dtype: torch.dtype) -> None:
+    # 40 of each lie above both pivots, between them, or are cut at once.
+    nan = torch.tensor(NAN, dtype=dtype)
+    for value in (nan.copysign(torch.tensor(-1.0, dtype=dtype)), torch.tensor(-0.0, dtype=dtype)):
+        slab = torch.full((1, 1, 640), -1.0, dtype=dtype)
+        slab[..., ::16] = value
+        one = selected(slab[..., 0:1].to(DEVICE), 1, 1)[1].cpu()
+        bits = torch.int32 if dtype == torch.float32 else torch.int64
+        for topk, capacity in ((20, 60), (40, 60), (40, 640)):
+            for in_order in (True, False):
+                _, scores = selected(slab.to(DEVICE), topk, capacity, in_order=in_order)
+                assert (scores.cpu().view(bits) == one.view(bits)).all()
+                assert one.isnan().all() or not one.signbit().any()
+
+
 def rows_that_mislead(kind: str, dtype: torch.dtype) -> Tensor:
     """A row of 640 scores, of which the sample sees every tenth."""
     x = torch.rand(640, generator=torch.Generator().manual_seed(0), dtype=dtype)

@@ -27,8 +27,8 @@ _LEAST_BYTES = 12 * MIB
 PADDING = 64
 # Keys of a row that is cut at once.
 _HELD = 4096
-# Of a longer row, the keys that may be put aside, as a multiple of those wanted: a sample leaves that many more above
-# its lower pivot in rows of up to so many keys, which take a larger sample where they are long. And the least of them.
+# Keys of a longer row that may be put aside, in rows of up to so many keys: a multiple of those wanted, and the least.
+# They have to hold what lies above the lower pivot of a sample, which is more in longer rows. 15 MiB are 512 of 3840.
 _CAPACITIES = ((65536, 15 / 8, 3840), (None, 3, 6144))
 # The sorting network takes two blocks in registers: as many as are kept, or two of these at a time.
 _SORTED = 1024

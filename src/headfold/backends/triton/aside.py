@@ -89,7 +89,7 @@ def walk(
     scores, found, found_key, low, n, a, b, capacity,
     TOP: tl.constexpr, DEEP: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    """Put n keys aside that are above b, and from the end of the room those above a alone; return how many of each.
+    """Put aside of n keys those above b, and from the end of the room those above a alone; return how many of each.
 
     Where there is no room for all of them, some are missing.
     """

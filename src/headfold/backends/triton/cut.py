@@ -5,23 +5,22 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from headfold.backends.triton.orders import between, bits_of, key_of, numbered, ordered, places, scores_of
+from headfold.backends.triton.orders import between, bits_of, numbered, ordered, places, scores_of, taken
 from headfold.backends.triton.pivots import count_above, count_true, narrowed, pivots
 
 
 @triton.jit
 def _orders(
-    row, first, n,
+    row, keys, first, n,
     BOTTOM: tl.constexpr, TOP: tl.constexpr, PACKED: tl.constexpr, HELD: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """Return the orders of places from `first` on, of those past n BOTTOM.   PACKED: bits, with a key or beside it."""
     i = places(first, HELD, WIDE)
     if not PACKED:
         order = ordered(bits_of(tl.load(row + i, mask=i < n, other=float("-inf"))), TOP)
-    elif BOTTOM < -(2**31):
-        order = tl.where(i < n, ordered(tl.load(row + i, mask=i < n, other=0), TOP), BOTTOM)
     else:
-        order = tl.where(i < n, ordered((tl.load(row + i, mask=i < n, other=0) >> 32).to(tl.int32), TOP), BOTTOM)
+        bits, _ = taken(row, keys, i, i < n)
+        order = tl.where(i < n, ordered(bits, TOP), BOTTOM)
     return order
 
 
@@ -31,10 +30,8 @@ def _keys(row, keys, first, wanted, PACKED: tl.constexpr, HELD: tl.constexpr, WI
     i = places(first, HELD, WIDE)
     if not PACKED:
         key = keys + i
-    elif keys is None:
-        key = key_of(tl.load(row + i, mask=wanted, other=0)).to(tl.int32)
     else:
-        key = tl.load(keys + i, mask=wanted, other=0)
+        _, key = taken(row, keys, i, wanted)
     return key
 
 
@@ -58,7 +55,7 @@ def _find(
     STEP: tl.constexpr = HELD * WIDE
     a, b, more = _ends(order, tl.full((), TOP, order.dtype), tl.full((), BOTTOM, order.dtype), BOTTOM, TOP)
     for first in range(STEP, n, STEP):
-        a, b, others = _ends(_orders(row, first, n, BOTTOM, TOP, PACKED, HELD, WIDE), a, b, BOTTOM, TOP)
+        a, b, others = _ends(_orders(row, keys, first, n, BOTTOM, TOP, PACKED, HELD, WIDE), a, b, BOTTOM, TOP)
         more += others
     if more <= topk:
         a, b = tl.full((), BOTTOM, order.dtype), tl.full((), BOTTOM, order.dtype)
@@ -68,7 +65,7 @@ def _find(
         lower, middle, upper = pivots(a, b, more, fewer, topk, steps, TOP)
         over, over_middle, over_upper = count_above(order, lower, middle, upper)
         for first in range(STEP, n, STEP):
-            other = _orders(row, first, n, BOTTOM, TOP, PACKED, HELD, WIDE)
+            other = _orders(row, keys, first, n, BOTTOM, TOP, PACKED, HELD, WIDE)
             others, others_middle, others_upper = count_above(other, lower, middle, upper)
             over, over_middle, over_upper = over + others, over_middle + others_middle, over_upper + others_upper
         a, b, more, fewer = narrowed(a, b, more, fewer, topk + 1, lower, middle, upper, over, over_middle, over_upper)
@@ -81,7 +78,7 @@ def _find(
             key = between(until, last)
             ties = count_true((order == b) & (_keys(row, keys, 0, order == b, PACKED, HELD, WIDE) < key))
             for first in range(STEP, n, STEP):
-                equal = _orders(row, first, n, BOTTOM, TOP, PACKED, HELD, WIDE) == b
+                equal = _orders(row, keys, first, n, BOTTOM, TOP, PACKED, HELD, WIDE) == b
                 ties += count_true(equal & (_keys(row, keys, first, equal, PACKED, HELD, WIDE) < key))
             last = tl.where(fewer + ties >= topk, key, last)
             until = tl.where(fewer + ties >= topk, until, key)
@@ -100,12 +97,12 @@ def cut(
     indices, results: where keys and scores of a row are written, dense; results may be None.   end: past all keys.
     HELD · WIDE places stay in registers; others are read again for each step.
     """
-    order = _orders(row, 0, n, BOTTOM, TOP, PACKED, HELD, WIDE)
+    order = _orders(row, keys, 0, n, BOTTOM, TOP, PACKED, HELD, WIDE)
     order_cut, key_cut = _find(order, row, keys, n, topk, end, BOTTOM, TOP, PACKED, HELD, WIDE)
     written = tl.zeros((), tl.int32)
     for first in range(0, n, HELD * WIDE):
         if first > 0:
-            order = _orders(row, first, n, BOTTOM, TOP, PACKED, HELD, WIDE)
+            order = _orders(row, keys, first, n, BOTTOM, TOP, PACKED, HELD, WIDE)
         chosen = order > order_cut
         if key_cut > 0:
             equal = order == order_cut

@@ -4,7 +4,7 @@ A sample of a row says above which pivot the keys that are wanted probably lie, 
 that is not. One walk over the row puts aside what is above the upper one, which is selected, and what lies between
 them, of which the best are cut. Where the sample was wrong, a pivot is looked for in the row itself.
 
-A row is kept and cut by one program: while a slab has so few rows that its programs wait for memory, cutting is free.
+One program does all of that for a row.
 """
 
 from __future__ import annotations
