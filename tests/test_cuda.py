@@ -57,6 +57,28 @@ def test_selection_is_a_stable_sort_of_the_scores(case: Case, dtype: torch.dtype
         assert torch.equal(indices[..., : case.sk], order[..., :topk].int())
 
 
+@pytest.mark.parametrize("topk", [100, 3000])
+@pytest.mark.parametrize("case", [c for c in CASES if c.d >= 16], ids=str)
+def test_a_selection_launched_again_takes_the_tensors_it_is_given(case: Case, topk: int) -> None:
+    from headfold.backends.triton import replay
+
+    def select(seed: int) -> Any:
+        q, weights, k = case.inputs(torch.bfloat16, seed)
+        assert q is not None
+        assert k is not None
+        return index_topk(q, weights, k, topk, with_scores=True, **case.call(), impl="triton")
+
+    by_fold = []
+    for seed in (1, 2):
+        replay._kept.clear()
+        by_fold.append(select(seed))
+    again = [select(seed) for seed in (1, 2)]  # whose launches are those of the last call
+    assert len(replay._kept) == (case.activation is not None)
+    for one, other in zip(by_fold, again, strict=True):
+        assert torch.equal(one.indices, other.indices)
+        assert torch.equal(one.scores, other.scores)
+
+
 @pytest.mark.filterwarnings("ignore:Synchronization debug mode:UserWarning")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64], ids=str)
 def test_no_op_waits_for_the_device(dtype: torch.dtype) -> None:

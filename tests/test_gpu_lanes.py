@@ -299,6 +299,22 @@ def test_every_job_is_a_lane_and_an_error_fails_its_own(tmp_path: Path) -> None:
     assert [line["lane"] for line in lines[1:]] == ["one", "one", "two", "two", "three", "three"]
 
 
+@pytest.mark.usefixtures("few_jobs")
+def test_what_has_ended_is_told_at_once_and_what_has_not_fails(tmp_path: Path) -> None:
+    told: list[tuple[str, list[bool]]] = []
+
+    def ended(lane: Lane, lanes: list[Lane]) -> None:
+        gpu.write(tmp_path / "gpu.jsonl", lanes, {})
+        told.append((lane.name, [one.passed for one in lanes]))
+        assert lane.notes[-1].startswith("Took ")
+        first, *_ = (tmp_path / "gpu.jsonl").read_text().splitlines()
+        assert json.loads(first) == {"passed": False}
+
+    gpu.gpu(CPU, workers=1, ended=ended)
+    assert told[0] == ("one", [True, False, False])
+    assert sorted(name for name, _ in told) == ["one", "three", "two"]
+
+
 def slow_lane(device: torch.device, note: str) -> Lane:
     """Start a process, as lanes do, and wait for it."""
     with subprocess.Popen(["sleep", "60"]) as sleeping:

@@ -409,3 +409,20 @@ def test_what_is_near_fits_32_bits(row: int, near: bool) -> None:
     k = torch.empty(1, dtype=torch.bfloat16, device="meta").as_strided((1, 2, 16), (1, row, 1))
     assert products.is_near(k, 64) is near
     assert not products.is_near(k.float(), 64)
+
+
+def test_tf32_follows_torchs_switches_new_and_old(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    switch = torch.backends.cuda.matmul
+    before = switch.allow_tf32
+    names = ["allow_tf32"]
+    if hasattr(switch, "fp32_precision"):
+        names.append("fp32_precision")  # the older switch raises when it is read after this one was set
+    try:
+        for name in names:
+            for said, value in (("tf32", True), ("ieee", False)):
+                setattr(switch, name, said if name == "fp32_precision" else value)
+                assert products.precision(torch.float32) == said
+                assert products.precision(torch.bfloat16) == products.precision(torch.float64) == "ieee"
+    finally:
+        switch.allow_tf32 = before

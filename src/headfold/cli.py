@@ -51,10 +51,10 @@ from headfold.shell import (
     Tokens,
     Workspace,
     device_of,
-    err,
     exclude,
     finish,
     make_folder,
+    tell,
     track_of,
 )
 
@@ -245,7 +245,7 @@ def prove(
     make_folder(folder)
     lanes = report.prove(problem, where, rounds=rounds, full=full, track=track_of(as_json))
     report.write(folder, problem, lanes, where)
-    err.print(f"report: {folder / 'report.md'}", markup=False, highlight=False, soft_wrap=True)
+    tell(f"report: {folder / 'report.md'}")
     finish(lanes, as_json)
 
 
@@ -375,5 +375,5 @@ def main() -> None:
     try:
         app()
     except (ValueError, TypeError, UnsupportedError) as error:
-        err.print(f"headfold: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
+        tell(f"headfold: {error}", style="red")
         sys.exit(2)

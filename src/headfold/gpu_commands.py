@@ -10,7 +10,8 @@ import typer
 
 from headfold.lanes import gpu as lane
 from headfold.lanes import tuning
-from headfold.shell import Device, Json, device_of, err, finish, make_folder, track_of
+from headfold.lanes.record import Lane
+from headfold.shell import Device, Json, device_of, finish, make_folder, tell, track_of
 
 
 def gpu(
@@ -24,9 +25,14 @@ def gpu(
     """Prove one GPU: parity, memory, CUDA graphs, repeats and far offsets of every op on both backends (minutes)."""
     where = _gpu(device)
     make_folder(folder)
-    lanes = lane.gpu(where, workers=workers, track=track_of(as_json))
-    lane.write(folder / "gpu.jsonl", lanes, lane.environment(where))
-    err.print(f"report: {folder / 'gpu.jsonl'}", markup=False, highlight=False, soft_wrap=True)
+    report, facts = folder / "gpu.jsonl", lane.environment(where)
+
+    def ended(one: Lane, lanes: list[Lane]) -> None:
+        lane.write(report, lanes, facts)  # what was found stays if this is ended
+        tell(f"{'pass' if one.passed else 'FAIL'}  {one.name}  {one.notes[-1]}")
+
+    lanes = lane.gpu(where, workers=workers, track=track_of(as_json), ended=ended)
+    tell(f"report: {report}")
     finish(lanes, as_json)
 
 

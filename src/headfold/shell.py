@@ -84,6 +84,11 @@ def _bar(items: Sequence[Any], description: str, *, quiet: bool) -> Iterable[Any
     return rich_track(items, description=description, console=err, transient=True, disable=quiet)
 
 
+def tell(line: str, *, style: str | None = None) -> None:
+    """Print a line to stderr as it is."""
+    err.print(line, style=style, markup=False, highlight=False, soft_wrap=True)
+
+
 def finish(lanes: list[Lane], as_json: bool) -> NoReturn:
     """Print the lanes and exit with 0 if every verdict passed, 1 if one failed."""
     passed = all(lane.passed for lane in lanes)

@@ -66,26 +66,39 @@ class Job:
     seconds: float = 240.0
 
 
-def gpu(device: torch.device, *, workers: int | None = None, track: Track[Any] = no_track) -> list[Lane]:
+def gpu(
+    device: torch.device,
+    *,
+    workers: int | None = None,
+    track: Track[Any] = no_track,
+    ended: Callable[[Lane, list[Lane]], None] = lambda lane, lanes: None,
+) -> list[Lane]:
     """Run every job on a device, within SECONDS, and return their lanes in the jobs' order.
+
+    ended: called with each lane that has ended and with all of them, in which those that have not yet fail.
 
     Raises: UnsupportedError without Triton, whose kernels are half of what is shown.
     """
     if not backends.HAS_TRITON:
         raise UnsupportedError("gpu: needs Triton, which is not installed here. Install it with pip install triton.")
-    lanes: dict[str, Lane] = {}
     alone, together = memory_jobs(), other_jobs()
+    lanes = {job.name: _broken(job, "it had not ended when this was written") for job in (*alone, *together)}
     at_once = workers or max(1, min(WORKERS, (os.cpu_count() or 2) // 2))
     start = time.monotonic()
+
+    def end(job: Job, lane: Lane) -> None:
+        lanes[job.name] = lane
+        ended(lane, [*lanes.values()])
+
     with ThreadPoolExecutor(max_workers=at_once) as pool:
         for job in track(alone, "memory"):
-            lanes[job.name] = _lane(job, device, start + MEMORY_SECONDS)
+            end(job, _lane(job, device, start + MEMORY_SECONDS))
         waiting = {pool.submit(_lane, job, device, start + SECONDS): job for job in together}
         finished: Iterator[Future[Lane]] = as_completed(waiting)
         for _ in track(range(len(together)), "lanes"):
             done = next(finished)
-            lanes[waiting[done].name] = done.result()
-    return [lanes[job.name] for job in (*alone, *together)]
+            end(waiting[done], done.result())
+    return [*lanes.values()]
 
 
 def memory_jobs() -> list[Job]:
@@ -127,7 +140,8 @@ def _lane(job: Job, device: torch.device, end: float) -> Lane:
 
     end: when time is up for it, whatever its own seconds are, by time.monotonic().
     """
-    left = min(job.seconds, end - time.monotonic())
+    start = time.monotonic()
+    left = min(job.seconds, end - start)
     lane, said = None, "the process that ran it was killed"
     try:
         if left <= 0:
@@ -136,11 +150,17 @@ def _lane(job: Job, device: torch.device, end: float) -> Lane:
     except Exception as error:  # noqa: BLE001 - no type covers device, compiler and tool; the lane fails by name
         said = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
     if not isinstance(lane, Lane):
-        lane = Lane(job.name, "Does it run?", BROKEN, [{"check": job.name, "verdict": FAIL, "note": said}])
+        lane = _broken(job, said)
     lane.name = job.name
     if job.arguments:
         lane.notes.append(f"At {describe(job.arguments[0].geometry)}.")
+    lane.notes.append(f"Took {time.monotonic() - start:.0f} s.")
     return lane
+
+
+def _broken(job: Job, said: str) -> Lane:
+    """Return the lane of a job that has none of its own."""
+    return Lane(job.name, "Does it run?", BROKEN, [{"check": job.name, "verdict": FAIL, "note": said}])
 
 
 def environment(device: torch.device) -> dict[str, Any]:

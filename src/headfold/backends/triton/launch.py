@@ -17,6 +17,8 @@ import torch
 import triton
 from torch import Tensor
 
+from headfold.backends.triton.replay import give_up, note
+
 # Whether pointers or integers are multiples of this is compiled in, as is a 1.
 _ALIGNED = 16
 
@@ -48,6 +50,7 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **constants: Any) -> 
     """
     if not isinstance(kernel, triton.JITFunction) or torch.version.hip is not None:
         kernel[grid](*args, **constants)
+        give_up()
         return
     known = _parameters.get(id(kernel))  # hashing a kernel itself takes as long as all the rest of the key
     if known is None:
@@ -64,12 +67,17 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **constants: Any) -> 
     found = _compiled.get(key)
     if found is None:
         compiled = kernel[grid](*args, **constants)
-        if isinstance(compiled, triton.compiler.CompiledKernel):  # a hook may have kept it from being one
-            _compiled[key] = compiled, tuple(constants[name] for name in kernel.arg_names[len(args) :])
+        if not isinstance(compiled, triton.compiler.CompiledKernel):  # a hook may have kept it from being one
+            give_up()
+            return
+        rest = tuple(constants[name] for name in kernel.arg_names[len(args) :])
+        _compiled[key] = compiled, rest
+        note(compiled, (*grid, 1, 1), (*args, *rest))
         return
     compiled, rest = found
-    grid = (*grid, 1, 1)
-    compiled[grid](*args, *rest)
+    grid, args = (*grid, 1, 1), (*args, *rest)
+    compiled[grid](*args)
+    note(compiled, grid, args)
 
 
 def parameters(kernel: Any, args: Values) -> Parameters:

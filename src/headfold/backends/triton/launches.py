@@ -77,10 +77,13 @@ class Slab(NamedTuple):
         h, most = self.q.shape[2], self.row(kernel).rows
         return [(0, h)] if h <= most else list(blocks(h, most))
 
+    def tensors(self) -> tuple[Tensor | None, ...]:
+        """Return the tensors in the order in which kernels take them."""
+        return self.q, self.weights, self.k, self.start, self.end, self.bias
+
     def arguments(self) -> tuple[Any, ...]:
         """Return what every kernel takes after its results: tensors, sizes and the scale."""
-        sizes = self.q.shape[1], self.k.shape[1], self.offset or 0
-        return self.q, self.weights, self.k, self.start, self.end, self.bias, *sizes
+        return *self.tensors(), self.q.shape[1], self.k.shape[1], self.offset or 0
 
     def strides(self) -> tuple[int, ...]:
         """Return the strides of those tensors, in their order."""

@@ -28,7 +28,9 @@ def precision(dtype: torch.dtype) -> str:
     """Return how float32 operands are multiplied: exactly, unless torch's own switch allows TF32."""
     if dtype != torch.float32 or not torch.cuda.is_available():
         return "ieee"
-    return "tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee"
+    switch = torch.backends.cuda.matmul
+    allowed = getattr(switch, "fp32_precision", None)  # torch 2.9 and later, where reading the older switch may raise
+    return "tf32" if (switch.allow_tf32 if allowed is None else allowed == "tf32") else "ieee"
 
 
 @triton.jit

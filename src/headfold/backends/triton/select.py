@@ -79,6 +79,10 @@ class Scratch:
         self.keys = empty(plan.rows * plan.topk, torch.int32) if wide else None
         self.packed = empty(plan.rows * plan.packed, torch.int64)
 
+    def tensors(self) -> tuple[Tensor | None, ...]:
+        """Return every buffer."""
+        return self.found, self.found_key, self.count, self.scores, self.keys, self.packed
+
     @property
     def bits(self) -> Tensor:
         """The scores as integers of their width."""

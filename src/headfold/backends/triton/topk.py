@@ -8,10 +8,14 @@ from typing import overload
 import torch
 from torch import Tensor
 
+from headfold.backends.triton.launches import Slab
+from headfold.backends.triton.products import precision
+from headfold.backends.triton.replay import replay
 from headfold.backends.triton.scores import fill_scores
 from headfold.backends.triton.select import Scratch, finish, keep
 from headfold.contract import compute_dtype
-from headfold.triton_tiles import Slab, SlabSelection, padded
+from headfold.triton_tiles import Slab as Part
+from headfold.triton_tiles import SlabSelection, padded
 
 NEG_INF = float("-inf")
 
@@ -50,41 +54,64 @@ def index_topk(
     plan = selection_plan(q, k, relu, topk, workspace)
     buffer = torch.empty(plan.elements, dtype=dtype, device=q.device)
     scratch = Scratch(plan.kept, q.device)
-    every = [x if x is None else x.view(1, b * sq, topk)[..., : plan.kept.topk] for x in (indices, scores)]
-    keys, beside = indices[..., : plan.kept.topk], None if scores is None else scores[..., : plan.kept.topk]
+    slab = Slab(q, weights, k, start, end, bias, offset, ratio, scale)
+    run = functools.partial(_fold, indices, scores, slab, buffer, scratch, plan, relu=relu, in_order=in_order)
+    if relu:  # else heads are folded first, into memory of their own
+        key = plan, offset, ratio, scale, in_order, slab.row("scores"), precision(k.dtype)
+        replay(run, key, indices, scores, *slab.tensors(), buffer, *scratch.tensors())
+    else:
+        run()
+    return indices, scores
+
+
+def _fold(
+    indices: Tensor,
+    scores: Tensor | None,
+    call: Slab,
+    buffer: Tensor,
+    scratch: Scratch,
+    plan: SlabSelection,
+    *,
+    relu: bool,
+    in_order: bool,
+) -> None:
+    """Write to indices and scores [b, sq, topk], which hold -1 and -inf."""
+    b, sq, topk = indices.shape
+    most = plan.kept.topk
+    every = [x if x is None else x.view(1, b * sq, topk)[..., :most] for x in (indices, scores)]
+    keys, beside = indices[..., :most], None if scores is None else scores[..., :most]
     first, line = 0, 0  # rows [first, line) of the call, counted over batches, are kept and not yet finished
-    for part in _slabs(plan, b, sq, sk, offset, ratio):
+    for part in _slabs(plan, b, sq, call.k.shape[1], call.offset, call.ratio):
         rows = (part.batch_end - part.batch) * (part.row_end - part.row)
         at = part.batch * sq + part.row
         if at != line or line - first + rows > plan.kept.rows:
-            _finish(every, first, line, dtype, scratch, in_order)
+            _finish(every, first, line, buffer.dtype, scratch, in_order)
             first = at
         slab = slab_of(buffer, part)
-        few_start, few_end, few_bias = (rows_within(x, part) for x in (start, end, bias))
-        moved = None if offset is None else offset + part.row
+        few_start, few_end, few_bias = (rows_within(x, part) for x in (call.start, call.end, call.bias))
+        moved = None if call.offset is None else call.offset + part.row
         fill_scores(
             slab,
-            rows_within(q, part),
-            rows_within(weights, part),
-            k[part.batch : part.batch_end, : part.width],
+            rows_within(call.q, part),
+            rows_within(call.weights, part),
+            call.k[part.batch : part.batch_end, : part.width],
             few_start,
             few_end,
             None if few_bias is None else few_bias[..., : part.width],
             moved,
-            ratio,
+            call.ratio,
             relu,
-            scale,
+            call.scale,
         )
         picked, best = rows_within(keys, part), rows_within(beside, part)
-        bounds = few_start, few_end, moved, ratio
+        bounds = few_start, few_end, moved, call.ratio
         keep(slab, picked, best, *bounds, scratch, at - first, in_order=in_order)
         line = at + rows
-    _finish(every, first, line, dtype, scratch, in_order)
-    return indices, scores
+    _finish(every, first, line, buffer.dtype, scratch, in_order)
 
 
 @functools.lru_cache(maxsize=64)  # every layer and step asks for the same
-def _slabs(plan: SlabSelection, b: int, sq: int, sk: int, offset: int | None, ratio: int) -> tuple[Slab, ...]:
+def _slabs(plan: SlabSelection, b: int, sq: int, sk: int, offset: int | None, ratio: int) -> tuple[Part, ...]:
     return tuple(plan.slabs(b, sq, functools.partial(limit, sk, offset, ratio)))
 
 
@@ -102,17 +129,17 @@ def limit(sk: int, offset: int | None, ratio: int, row: int) -> int:
     return sk if offset is None else max(0, min(sk, (row + 1 + offset) // ratio))
 
 
-def slab_of(buffer: Tensor, part: Slab) -> Tensor:
+def slab_of(buffer: Tensor, part: Part) -> Tensor:
     """View a flat buffer as the scores [b, rows, width] of a part; rows begin at multiples of the padding."""
     rows, apart = part.row_end - part.row, padded(part.width)
     return buffer.as_strided((part.batch_end - part.batch, rows, part.width), (rows * apart, apart, 1))
 
 
 @overload
-def rows_within(x: Tensor, part: Slab) -> Tensor: ...
+def rows_within(x: Tensor, part: Part) -> Tensor: ...
 @overload
-def rows_within(x: None, part: Slab) -> None: ...
-def rows_within(x: Tensor | None, part: Slab) -> Tensor | None:
+def rows_within(x: None, part: Part) -> None: ...
+def rows_within(x: Tensor | None, part: Part) -> Tensor | None:
     """Return the rows of a part of a tensor [1 or b, sq, ...]; an axis of size one stands for all."""
     if x is None:
         return None

@@ -1,0 +1,244 @@
+"""A fold's launches are noted once and launched again wherever its tensors are."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+pytest.importorskip("triton")
+
+import torch
+import triton
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from headfold.backends.triton import launch as launching
+from headfold.backends.triton import launches, select, table, topk
+from headfold.backends.triton import replay as replaying
+from headfold.backends.triton.launch import launch
+from headfold.backends.triton.replay import replay
+
+Said = list[tuple[Any, ...]]
+
+
+class Compiled:
+    """A compiled kernel that notes what it is started with: pointers as numbers."""
+
+    def __init__(self, kernel: Kernel) -> None:
+        self.kernel = kernel
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+        def start(*args: Any, stream: int | None = None) -> None:
+            seen = [
+                x.data_ptr() if isinstance(x, Tensor) and x.numel() else 0 if isinstance(x, Tensor) else x for x in args
+            ]
+            self.kernel.said.append((self.kernel.name, grid, *seen))
+
+        return start
+
+
+class Kernel:
+    """A kernel as `launch` sees it, whose first launch compiles it."""
+
+    def __init__(self, name: str, arg_names: Sequence[str], said: Said) -> None:
+        self.name, self.arg_names, self.said = name, arg_names, said
+        self.params = [SimpleNamespace(do_not_specialize=False) for _ in arg_names]
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., Compiled]:
+        def run(*args: Any, **constants: Any) -> Compiled:
+            compiled = Compiled(self)
+            rest = [constants[name] for name in self.arg_names[len(args) :]]
+            whole = (*grid, 1, 1)
+            compiled[whole](*args, *rest)
+            return compiled
+
+        return run
+
+
+@pytest.fixture
+def said(monkeypatch: pytest.MonkeyPatch) -> Said:
+    """Let kernels pass for those of a device, in a process that has launched nothing yet; return what they say."""
+    monkeypatch.setattr(triton, "JITFunction", Kernel)
+    monkeypatch.setattr(triton.compiler, "CompiledKernel", Compiled)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(cuda_stream=7))
+    monkeypatch.setattr(launching, "_compiled", {})
+    monkeypatch.setattr(launching, "_parameters", {})
+    monkeypatch.setattr(replaying, "_kept", {})
+    return []
+
+
+def test_launches_are_made_again_where_the_tensors_are_now(said: Said) -> None:
+    kernel = Kernel("copy", ("x", "y", "n", "N"), said)
+    ran = []
+
+    def call(x: Tensor, y: Tensor, key: str = "one") -> Said:
+        said.clear()
+
+        def run() -> None:
+            ran.append(key)
+            for i in range(3):
+                launch(kernel, (i + 1,), x[i:], y[2 * i :], 5 + i, N=4)
+
+        replay(run, key, x, None, y)
+        return [*said]
+
+    (x, y), (z, w) = (torch.zeros(2, 8, 16) for _ in range(2))
+    x, y, z, w = x.clone(), y.clone(), z.clone(), w.clone()
+    first, again, moved = call(x, y), call(x, y), call(z, w)
+    assert ran == ["one"]
+    assert again == first
+    assert [one[2:4] for one in moved] == [(z[i:].data_ptr(), w[2 * i :].data_ptr()) for i in range(3)]
+    assert [(one[1], one[4:]) for one in moved] == [((i + 1, 1, 1), (5 + i, 4)) for i in range(3)]
+    call(x, y, "two")
+    call(x.half(), y)
+    call(x[:, :8].clone(), y)
+    call(torch.zeros(8 * 16 + 1)[1:].view(8, 16), y)
+    assert len(ran) == 5
+
+
+def test_what_cannot_be_launched_again_by_pointers_runs_anew(said: Said) -> None:
+    kernel = Kernel("copy", ("x", "y", "n", "N"), said)
+    interpreted = {(1,): lambda x: None}
+    ran = []
+
+    def call(x: Tensor, y: Tensor, third: Tensor, *, by_hand: bool = False) -> None:
+        def run() -> None:
+            ran.append(1)
+            if by_hand:
+                launch(interpreted, (1,), x)
+            launch(kernel, (1,), x, third, 3, N=4)
+
+        replay(run, by_hand, x, y)
+
+    x, y = torch.zeros(8), torch.zeros(8)
+    both = torch.zeros(16)
+    for _ in range(2):
+        call(x, y, torch.zeros(8))  # a tensor that nobody named
+        call(both[:8], both[8:], both[8:])  # memory that tells no two tensors apart
+        call(x, y, y, by_hand=True)
+    assert len(ran) == 6
+    assert not replaying._kept
+    for _ in range(2):
+        call(x, y, y)
+    assert len(ran) == 7
+
+
+def test_what_is_kept_is_bounded(said: Said, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(replaying, "_MOST", 5)
+    kernel, x = Kernel("zero", ("x",), said), torch.zeros(4)
+
+    def call(key: int, times: int) -> None:
+        def run() -> None:
+            for _ in range(times):
+                launch(kernel, (1,), x)
+
+        replay(run, key, x)
+
+    call(0, 2)
+    call(1, 3)
+    assert len(replaying._kept) == 2
+    call(2, 1)
+    assert [len(steps) for steps in replaying._kept.values()] == [1]
+    call(3, 6)
+    assert sum(map(len, replaying._kept.values())) <= 5
+
+
+def test_an_error_while_launches_are_noted_leaves_none(said: Said) -> None:
+    def broken() -> None:
+        raise RuntimeError("out of memory")
+
+    x = torch.zeros(4)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        replay(broken, "key", x)
+    assert not replaying._kept
+    assert replaying._local.notes is None
+
+
+CALLS: dict[str, dict[str, Any]] = {
+    "causal": {"offset": 0},
+    "in no order, with scores": {"offset": 0, "with_scores": True, "in_order": False},
+    "bounds and a bias": {"bounds": True, "bias": True},
+    "without weights": {"weights": False, "offset": 3, "ratio": 2},
+    "float64": {"dtype": torch.float64, "with_scores": True},
+    "one row longer than is cut at once": {"sk": 9000, "sq": 3},
+    "more than a network sorts": {"topk": 2500, "sk": 5000, "sq": 40, "index_dtype": torch.int64},
+}
+
+
+class ViewsAlone(TorchDispatchMode):
+    """Refuses everything that torch could do but to view a tensor in another way."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        for x in (*func._schema.returns, *func._schema.arguments):
+            writes = x.alias_info is not None and x.alias_info.is_write
+            assert not writes, func
+        assert all(x.alias_info is not None for x in func._schema.returns), func
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_a_selection_launched_again_is_launched_as_by_its_fold(
+    name: str, said: Said, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    call = {"sq": 300, "sk": 300, "topk": 40, "weights": True, "dtype": torch.float32, **CALLS[name]}
+    b, sq, sk, h, d, dtype = 2, call["sq"], call["sk"], 4, 16, call["dtype"]
+    for module, kernel in (
+        (launches, "score_slab"),
+        *((select, f"{one}_kernel") for one in ("keep", "order", "count", "merge", "write")),
+    ):
+        monkeypatch.setattr(module, kernel, Kernel(kernel, getattr(module, kernel).arg_names, said))
+    made: list[tuple[Callable[[], None], Any, tuple[Tensor | None, ...]]] = []
+    monkeypatch.setattr(topk, "replay", lambda run, key, *tensors: made.append((run, key, tensors)))
+    for _ in range(2):
+        start, end = (torch.zeros(1, sq, dtype=torch.int32) if "bounds" in call else None for _ in range(2))
+        topk.index_topk(
+            torch.zeros(b, sq, h, d, dtype=dtype),
+            torch.zeros(b, sq, h, dtype=dtype) if call["weights"] else None,
+            torch.zeros(b, sk, d, dtype=dtype),
+            start,
+            end,
+            torch.zeros(b, sq, sk, dtype=dtype) if "bias" in call else None,
+            call.get("offset"),
+            call.get("ratio", 1),
+            True,
+            0.5,
+            call["topk"],
+            call.get("with_scores", False),
+            call.get("index_dtype", torch.int32),
+            1 << 18,
+            call.get("in_order", True),
+        )
+    (run, key, tensors), (run_there, key_there, tensors_there) = made
+    assert key == key_there
+    with ViewsAlone():  # type: ignore[no-untyped-call]
+        replay(run, key, *tensors)
+    said.clear()
+    run_there()
+    by_fold = [*said]
+    said.clear()
+    replay(lambda: pytest.fail("ran again"), key, *tensors_there)
+    assert said == by_fold
+    assert len(said) > 4
+
+
+def test_other_tiles_and_another_precision_are_other_launches(monkeypatch: pytest.MonkeyPatch) -> None:
+    keys: list[Any] = []
+    monkeypatch.setattr(topk, "replay", lambda run, key, *tensors: keys.append(key))
+    q, k = torch.zeros(1, 8, 4, 16), torch.zeros(1, 8, 16)
+
+    def call(scale: float = 0.5) -> None:
+        topk.index_topk(q, None, k, None, None, None, 0, 1, True, scale, 4, False, torch.int32, 1 << 20)
+
+    call()
+    call()
+    with table.trying(table.tile("scores", "cpu", torch.float32, 16, 4)._replace(keys=128)):
+        call()
+    monkeypatch.setattr(topk, "precision", lambda dtype: "tf32")
+    call()
+    call(0.25)
+    assert keys[0] == keys[1]
+    assert len({*keys}) == 4
