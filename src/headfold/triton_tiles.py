@@ -10,14 +10,18 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 from headfold.score_tiles import ScoreTile
-from headfold.tiles import MIB
+from headfold.tiles import DEFAULT_WORKSPACE, MIB
 
-# A slab of scores stays in L2 between the kernel that fills it and the one that selects from it (50 MB on an H100).
-_SLAB_BYTES = 32 * MIB
-# What is kept of the rows of some slabs until it is sorted: a slab of long rows has too few of them to fill a chip. Of
-# that, up to half is room for a slab's rows, where those are too long to be cut at once. With a slab it leaves the
-# default workspace room to spare.
-_KEPT_BYTES = 30 * MIB
+# About what stays in L2 (50 MB on an H100) between the kernel that fills a slab of scores and the one that selects from
+# it. Every slab costs the ends of two launches, and one of long rows has too few of them to fill a chip.
+_SLAB_BYTES = 48 * MIB
+# What is kept of the rows of some slabs until it is sorted, of which up to two thirds is room for a slab's rows, where
+# those are too long to be cut at once: enough for as many rows as fill a chip, but not most of the default workspace. A
+# slab has the rest.
+_KEPT_BYTES, _MOST_KEPT_BYTES = 23 * MIB, 30 * MIB
+_KEPT_ROWS = 512
+# Under a causal bound the first slabs of long rows see few keys and have more rows: so many times as the last.
+_NARROWER = 4
 # The fixed grid: slabs begin at a multiple of so many rows, and of the rows that one program scores, so that a row has
 # one place in its tile whatever the workspace. Fewer where even those are large: no GPU's product depends on the place.
 _ROWS = 16
@@ -127,9 +131,14 @@ class SlabSelection:
             return max(least, min(most, space // row_bytes // least * least, _GRID // least * least))
 
         # A slab of rows that see few keys has more of them, so what is kept has a share of its own.
-        space = min(_KEPT_BYTES, workspace * 15 // 32, max(0, workspace - least * scored))
-        room = min(fitting(space // 2, room_row), fitting(space, line + room_row)) if room_row else 0
-        rows = fitting(space - room * room_row, line)
+        wanted = min(_MOST_KEPT_BYTES, max(_KEPT_BYTES, _KEPT_ROWS * (line + room_row)))
+        space = min(wanted, workspace * wanted // DEFAULT_WORKSPACE, max(0, workspace - least * scored))
+        room, lines = 0, space
+        if room_row:
+            seeing_all = fitting(min(_SLAB_BYTES, workspace - space), scored)
+            room = min(fitting(space * 2 // 3, room_row), fitting(space, line + room_row), _NARROWER * seeing_all)
+            lines = min(space - room * room_row, max(space // 3, room * line))
+        rows = fitting(lines, line)
         spare = workspace - rows * line - room * room_row
         elements = max(least, min(most, min(_SLAB_BYTES, spare) // max(1, scored))) * padded(sk)
         kept = replace(one, rows=rows, room=room)
