@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 
 from headfold.backends.triton.orders import bits_of, numbered_apart, ordered, places, put, scores_of, taken
-from headfold.backends.triton.pivots import count_above_both, ends, narrowed, pivots
+from headfold.backends.triton.pivots import count_above, narrowed, pivots
 
 # Deviations of the sample's count that the pivots lie from the cut, where there is room for what lies between; a wrong
 # sample costs time only.
@@ -19,30 +19,19 @@ SLACK = tl.constexpr(32)
 
 
 @triton.jit
-def _near(order, a, b, many, least, least_best, TOP: tl.constexpr):
-    """Return (a, best_a, best_b, best_more): at least `least` of a sample are above a, and `least_best` above best_a.
+def _near(order, a, b, more, fewer, least, slack, TOP: tl.constexpr):
+    """Return (a, b, more): at least `least` of a sample are above a, which `more` are, and fewer above b.
 
-    At most a SLACK more than that are, unless there is none between the next order and it. Above best_a are
-    `best_more`, above best_b fewer than `least_best`. Where not all `many` of the sample are above the given a, or one
-    is above b, for its -inf or NaN, this may not be so either. Both are looked for at once, which takes half the time.
+    As they are given, but nearer: at most `slack` more than that are above a, unless b is its neighbour. Where what is
+    given is not so, for a sample's NaN or -inf, what is returned may not be either.
     """
-    best_a, best_b, more, best_more = a, b, many, many
-    fewer, best_fewer, steps = tl.zeros((), tl.int32), tl.zeros((), tl.int32), tl.zeros((), tl.int32)
-    enough, enough_best = least + least // SLACK, least_best + least_best // SLACK
-    far, far_best = (a + 1 < b) & (more > enough), (a + 1 < b) & (more > enough_best)
-    while far | far_best:
-        p, q, r = pivots(a, b, more, fewer, least, steps, TOP)
-        best_p, best_q, best_r = pivots(best_a, best_b, best_more, best_fewer, least_best, steps, TOP)
-        x, y, z, best_x, best_y, best_z = count_above_both(order, p, q, r, best_p, best_q, best_r)
-        if far:
-            a, b, more, fewer = narrowed(a, b, more, fewer, least, p, q, r, x, y, z)
-        if far_best:
-            best_a, best_b, best_more, best_fewer = narrowed(
-                best_a, best_b, best_more, best_fewer, least_best, best_p, best_q, best_r, best_x, best_y, best_z
-            )
-        far, far_best = (a + 1 < b) & (more > enough), (best_a + 1 < best_b) & (best_more > enough_best)
+    steps = tl.zeros((), tl.int32)
+    while (a + 1 < b) & (more > least + slack):
+        lower, middle, upper = pivots(a, b, more, fewer, least, steps, TOP)
+        over, over_middle, over_upper = count_above(order, lower, middle, upper)
+        a, b, more, fewer = narrowed(a, b, more, fewer, least, lower, middle, upper, over, over_middle, over_upper)
         steps += 1
-    return a, best_a, best_b, best_more
+    return a, b, more
 
 
 @triton.jit
@@ -61,15 +50,17 @@ def sampled(
     apart = tl.minimum(DEVIATIONS * tl.sqrt(SAMPLE * share * (1 - share)) + 2, spare)
     least, most = tl.ceil(SAMPLE * share + apart).to(tl.int32), tl.floor(SAMPLE * share - apart).to(tl.int32)
     infinite: tl.constexpr = -BOTTOM - 1
-    a, b, _ = ends(order, order >= BOTTOM, TOP)
-    a, b = tl.minimum(tl.maximum(a - 1, BOTTOM), infinite), tl.minimum(b, infinite)
-    least_best = tl.where(most > 0, most - most // SLACK, SAMPLE)
-    a, below, above, many = _near(order, a, b, tl.full((), SAMPLE, tl.int32), least, least_best, TOP)
+    a = tl.minimum(tl.maximum(tl.min(tl.min(order, axis=1), axis=0) - 1, BOTTOM), infinite)
+    b = tl.minimum(tl.max(tl.max(order, axis=1), axis=0), infinite)
+    more, fewer = tl.full((), SAMPLE, tl.int32), tl.zeros((), tl.int32)
     if least > SAMPLE:
         a = tl.full((), BOTTOM, order.dtype)
-    upper = tl.where(many <= most, below, above)
-    if most <= 0:
-        upper = tl.full((), infinite, order.dtype)
+    else:
+        a, _, more = _near(order, a, b, more, fewer, least, least // SLACK, TOP)
+    upper = tl.full((), infinite, order.dtype)
+    if most > 0:
+        below, above, many = _near(order, a, b, more, fewer, most - most // SLACK, most // SLACK, TOP)
+        upper = tl.where(many <= most, below, above)
     return a, upper
 
 

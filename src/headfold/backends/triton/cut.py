@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 
 from headfold.backends.triton.orders import between, bits_of, numbered, ordered, places, scores_of, taken
-from headfold.backends.triton.pivots import count_above, count_true, ends, narrowed, pivots
+from headfold.backends.triton.pivots import count_above, count_true, narrowed, pivots
 
 
 @triton.jit
@@ -38,8 +38,9 @@ def _keys(row, keys, first, wanted, PACKED: tl.constexpr, HELD: tl.constexpr, WI
 @triton.jit
 def _ends(order, a, b, BOTTOM: tl.constexpr, TOP: tl.constexpr):
     """Return the lesser of a and what all orders above BOTTOM are above, the greatest order or b, and how many."""
-    least, greatest, seen = ends(order, order > BOTTOM, TOP)
-    return tl.minimum(a, least - 1), tl.maximum(b, greatest), seen
+    seen = order > BOTTOM
+    a = tl.minimum(a, tl.min(tl.min(tl.where(seen, order, TOP), axis=1), axis=0) - 1)
+    return a, tl.maximum(b, tl.max(tl.max(order, axis=1), axis=0)), count_true(seen)
 
 
 @triton.jit

@@ -39,52 +39,16 @@ def count_true(which):
 
 
 @triton.jit
-def _each_above(order, first, middle, last):
-    """Return of each row of orders [wide, deep] how many are above three pivots: three counts in one integer.
+def count_above(order, first, middle, last):
+    """Return how many orders [wide, deep] are above each of three pivots, of which none is below one before it.
 
-    Those of a row have fewer than 2 ** 10, those of all rows fewer than 2 ** 20.
+    A thread's three counts, of fewer than 2 ** 10, are one integer, and those of all threads, of fewer than 2 ** 20.
     """
     above = tl.where(order > last, 0x100401, tl.where(order > middle, 0x401, tl.where(order > first, 1, 0)))
     each = tl.sum(above, axis=1)
-    return (each & 0x3FF).to(tl.int64) | ((each & 0xFFC00).to(tl.int64) << 10) | ((each >> 20).to(tl.int64) << 40)
-
-
-@triton.jit
-def _counts(every):
+    spread = (each & 0x3FF).to(tl.int64) | ((each & 0xFFC00).to(tl.int64) << 10) | ((each >> 20).to(tl.int64) << 40)
+    every = tl.sum(spread, axis=0)
     return (every & 0xFFFFF).to(tl.int32), ((every >> 20) & 0xFFFFF).to(tl.int32), (every >> 40).to(tl.int32)
-
-
-@triton.jit
-def count_above(order, first, middle, last):
-    """Return how many orders [wide, deep] are above each of three pivots, of which none is below one before it."""
-    return _counts(tl.sum(_each_above(order, first, middle, last), axis=0))
-
-
-@triton.jit
-def _both(a, b, c, d):
-    return a + c, b + d
-
-
-@triton.jit
-def count_above_both(order, first, middle, last, other_first, other_middle, other_last):
-    """Return what `count_above` does of three pivots and of three others: numbers cross threads once for all six."""
-    one, other = _each_above(order, first, middle, last), _each_above(order, other_first, other_middle, other_last)
-    one, other = tl.reduce((one, other), 0, _both)
-    over, over_middle, over_last = _counts(one)
-    others, others_middle, others_last = _counts(other)
-    return over, over_middle, over_last, others, others_middle, others_last
-
-
-@triton.jit
-def _wider(a, b, m, c, d, n):
-    return tl.minimum(a, c), tl.maximum(b, d), m + n
-
-
-@triton.jit
-def ends(order, seen, TOP: tl.constexpr):
-    """Return the least order [wide, deep] of those that are seen, the greatest of all, and how many are seen."""
-    least = tl.min(tl.where(seen, order, TOP), axis=1)
-    return tl.reduce((least, tl.max(order, axis=1), tl.sum(seen.to(tl.int32), axis=1)), 0, _wider)
 
 
 @triton.jit
