@@ -67,7 +67,7 @@ def said(monkeypatch: pytest.MonkeyPatch) -> Said:
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(cuda_stream=7))
     monkeypatch.setattr(launching, "_compiled", {})
     monkeypatch.setattr(launching, "_parameters", {})
-    monkeypatch.setattr(replaying, "_kept", {})
+    monkeypatch.setattr(replaying, "_kept", replaying._Kept(replaying._MOST))
     return []
 
 
@@ -88,16 +88,16 @@ def test_launches_are_made_again_where_the_tensors_are_now(said: Said) -> None:
 
     (x, y), (z, w) = (torch.zeros(2, 8, 16) for _ in range(2))
     x, y, z, w = x.clone(), y.clone(), z.clone(), w.clone()
-    first, again, moved = call(x, y), call(x, y), call(z, w)
-    assert ran == ["one"]
-    assert again == first
+    first, noted, again, moved = call(x, y), call(x, y), call(x, y), call(z, w)
+    assert ran == ["one"] * 2
+    assert first == noted == again
     assert [one[2:4] for one in moved] == [(z[i:].data_ptr(), w[2 * i :].data_ptr()) for i in range(3)]
     assert [(one[1], one[4:]) for one in moved] == [((i + 1, 1, 1), (5 + i, 4)) for i in range(3)]
     call(x, y, "two")
     call(x.half(), y)
     call(x[:, :8].clone(), y)
     call(torch.zeros(8 * 16 + 1)[1:].view(8, 16), y)
-    assert len(ran) == 5
+    assert len(ran) == 6
 
 
 def test_what_cannot_be_launched_again_by_pointers_runs_anew(said: Said) -> None:
@@ -121,14 +121,15 @@ def test_what_cannot_be_launched_again_by_pointers_runs_anew(said: Said) -> None
         call(both[:8], both[8:], both[8:])  # memory that tells no two tensors apart
         call(x, y, y, by_hand=True)
     assert len(ran) == 6
-    assert not replaying._kept
-    for _ in range(2):
+    assert not any(replaying._kept.steps.values())
+    for _ in range(4):
         call(x, y, y)
     assert len(ran) == 7
 
 
-def test_what_is_kept_is_bounded(said: Said, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(replaying, "_MOST", 5)
+def test_what_was_not_used_for_longest_is_let_go(said: Said, monkeypatch: pytest.MonkeyPatch) -> None:
+    kept = replaying._Kept(9)
+    monkeypatch.setattr(replaying, "_kept", kept)
     kernel, x = Kernel("zero", ("x",), said), torch.zeros(4)
 
     def call(key: int, times: int) -> None:
@@ -136,15 +137,26 @@ def test_what_is_kept_is_bounded(said: Said, monkeypatch: pytest.MonkeyPatch) ->
             for _ in range(times):
                 launch(kernel, (1,), x)
 
-        replay(run, key, x)
+        for _ in range(2):
+            replay(run, key, x)
+
+    def sizes() -> list[int]:
+        return [len(steps or ()) for steps in kept.steps.values()]
 
     call(0, 2)
     call(1, 3)
-    assert len(replaying._kept) == 2
+    assert (sizes(), kept.launches) == ([2, 3], 7)
+    call(0, 2)
+    assert sizes() == [3, 2]
     call(2, 1)
-    assert [len(steps) for steps in replaying._kept.values()] == [1]
-    call(3, 6)
-    assert sum(map(len, replaying._kept.values())) <= 5
+    assert (sizes(), kept.launches) == ([3, 2, 1], 9)
+    call(3, 0)
+    assert (sizes(), kept.launches) == ([2, 1, 0], 6)
+    call(4, 20)
+    assert (sizes(), kept.launches) == ([], 0)
+    for key in range(5, 100):
+        replay(lambda: None, key, x)
+    assert len(kept.steps) == kept.launches == 9
 
 
 def test_an_error_while_launches_are_noted_leaves_none(said: Said) -> None:
@@ -152,9 +164,10 @@ def test_an_error_while_launches_are_noted_leaves_none(said: Said) -> None:
         raise RuntimeError("out of memory")
 
     x = torch.zeros(4)
-    with pytest.raises(RuntimeError, match="out of memory"):
-        replay(broken, "key", x)
-    assert not replaying._kept
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match="out of memory"):
+            replay(broken, "key", x)
+    assert not any(replaying._kept.steps.values())
     assert replaying._local.notes is None
 
 
@@ -215,7 +228,8 @@ def test_a_selection_launched_again_is_launched_as_by_its_fold(
     (run, key, tensors), (run_there, key_there, tensors_there) = made
     assert key == key_there
     with ViewsAlone():  # type: ignore[no-untyped-call]
-        replay(run, key, *tensors)
+        for _ in range(2):
+            replay(run, key, *tensors)
     said.clear()
     run_there()
     by_fold = [*said]

@@ -354,13 +354,13 @@ def test_rows_too_long_to_be_cut_at_once_share_room(dtype: torch.dtype, monkeypa
     monkeypatch.setattr(triton_tiles, "_HELD", 0)
     monkeypatch.setattr(triton_tiles, "_CAPACITIES", ((None, 1, 80),))
     monkeypatch.setattr(triton_tiles, "_KEPT_BYTES", 500 * dtype.itemsize)
-    monkeypatch.setattr(triton_tiles, "_KEPT_ROWS", 0)
     q, weights, k = (x for x in Case(10, 200, b=2, h=64, d=16).inputs(dtype) if x is not None)
-    plan = kernels.selection_plan(q.transpose(0, 1), k.transpose(0, 1), True, 9, 64 * MIB)
+    workspace = 2000 * dtype.itemsize
+    plan = kernels.selection_plan(q.transpose(0, 1), k.transpose(0, 1), True, 9, workspace)
     assert 0 < plan.kept.room < plan.kept.rows < 20
     assert plan.kept.held == plan.kept.capacity < 200
     for causal in (True, False):  # rows that see few keys are in slabs of their own
-        call: dict[str, Any] = {"causal": causal, "with_scores": True, "impl": "triton"}
+        call: dict[str, Any] = {"causal": causal, "with_scores": True, "workspace": workspace, "impl": "triton"}
         expected = in_order(index_scores(q, weights, k, causal=causal, impl="triton"), 9)
         got = index_topk(q, weights, k, 9, **call)
         assert torch.equal(got.indices, expected[0].int())

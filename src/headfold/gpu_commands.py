@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 from typing import Annotated
 
@@ -25,10 +26,11 @@ def gpu(
     """Prove one GPU: parity, memory, CUDA graphs, repeats and far offsets of every op on both backends (minutes)."""
     where = _gpu(device)
     make_folder(folder)
-    report, facts = folder / "gpu.jsonl", lane.environment(where)
+    start, report, facts = time.monotonic(), folder / "gpu.jsonl", lane.environment(where)
 
     def ended(one: Lane, lanes: list[Lane]) -> None:
-        lane.write(report, lanes, facts)  # what was found stays if this is ended
+        # At once, so that what was found stays if the command is ended.
+        lane.write(report, lanes, {**facts, "seconds": round(time.monotonic() - start)})
         tell(f"{'pass' if one.passed else 'FAIL'}  {one.name}  {one.notes[-1]}")
 
     lanes = lane.gpu(where, workers=workers, track=track_of(as_json), ended=ended)

@@ -10,15 +10,15 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 from headfold.score_tiles import ScoreTile
-from headfold.tiles import DEFAULT_WORKSPACE, MIB
+from headfold.tiles import MIB
 
 # About what stays in L2 (50 MB on an H100) between the kernel that fills a slab of scores and the one that selects from
 # it. Every slab costs the ends of two launches, and one of long rows has too few of them to fill a chip.
 _SLAB_BYTES = 48 * MIB
-# What is kept of the rows of some slabs until it is sorted, of which up to two thirds is room for a slab's rows, where
-# those are too long to be cut at once: enough for as many rows as fill a chip, but not most of the default workspace. A
-# slab has the rest.
-_KEPT_BYTES, _MOST_KEPT_BYTES = 23 * MIB, 30 * MIB
+# What is kept of the rows of some slabs until it is sorted, and room for a slab's rows where those are too long to be
+# cut at once. A slab has the rest.
+_KEPT_BYTES = 30 * MIB
+# Long rows that are cut at a time, as many as fill a chip. Twice as many wait to be sorted.
 _KEPT_ROWS = 512
 # Under a causal bound the first slabs of long rows see few keys and have more rows: so many times as the last.
 _NARROWER = 4
@@ -131,16 +131,19 @@ class SlabSelection:
             return max(least, min(most, space // row_bytes // least * least, _GRID // least * least))
 
         # A slab of rows that see few keys has more of them, so what is kept has a share of its own.
-        wanted = min(_MOST_KEPT_BYTES, max(_KEPT_BYTES, _KEPT_ROWS * (line + room_row)))
-        space = min(wanted, workspace * wanted // DEFAULT_WORKSPACE, max(0, workspace - least * scored))
-        room, lines = 0, space
+        space = min(_KEPT_BYTES, workspace * 15 // 32, max(0, workspace - least * scored))
+        room, rows, usable = 0, fitting(space, line), _SLAB_BYTES
         if room_row:
+            space = min(space, _KEPT_ROWS * (room_row + 2 * line))
             seeing_all = fitting(min(_SLAB_BYTES, workspace - space), scored)
-            room = min(fitting(space * 2 // 3, room_row), fitting(space, line + room_row), _NARROWER * seeing_all)
-            lines = min(space - room * room_row, max(space // 3, room * line))
-        rows = fitting(lines, line)
+            room = min(fitting(space, line + room_row), _KEPT_ROWS // least * least, _NARROWER * seeing_all)
+            rows = min(fitting(space - room * room_row, line), 2 * _KEPT_ROWS)
+            # More of the short rows, where slabs of long ones leave bytes.
+            short, spare = padded(one.held) * size, workspace - room * room_row
+            rows = max(rows, min(fitting(spare - min(_SLAB_BYTES, room * scored), line), fitting(spare, short + line)))
+            usable = min(_SLAB_BYTES, max(room * scored, rows * short))
         spare = workspace - rows * line - room * room_row
-        elements = max(least, min(most, min(_SLAB_BYTES, spare) // max(1, scored))) * padded(sk)
+        elements = max(least, min(most, min(usable, spare) // max(1, scored))) * padded(sk)
         kept = replace(one, rows=rows, room=room)
         return cls(kept, elements, least, ScoreTile(1, rows, sk, h, d, size, relu).folded_bytes)
 

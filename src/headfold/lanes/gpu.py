@@ -90,7 +90,8 @@ def gpu(
         lanes[job.name] = lane
         ended(lane, [*lanes.values()])
 
-    with ThreadPoolExecutor(max_workers=at_once) as pool:
+    pool = ThreadPoolExecutor(max_workers=at_once)
+    try:
         for job in track(alone, "memory"):
             end(job, _lane(job, device, start + MEMORY_SECONDS))
         waiting = {pool.submit(_lane, job, device, start + SECONDS): job for job in together}
@@ -98,6 +99,8 @@ def gpu(
         for _ in track(range(len(together)), "lanes"):
             done = next(finished)
             end(waiting[done], done.result())
+    finally:
+        pool.shutdown(cancel_futures=True)
     return [*lanes.values()]
 
 
@@ -192,4 +195,6 @@ def write(path: Path, lanes: Sequence[Lane], facts: dict[str, Any]) -> None:
         lines += [{"lane": lane.name, **row} for row in found["rows"]]
         lines.append({"lane": lane.name, "question": lane.question, "passed": lane.passed, "notes": lane.notes})
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    written = path.with_name(f"{path.name}.part")  # an earlier file stays whole until this one is
+    written.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    written.replace(path)

@@ -17,10 +17,7 @@ import torch
 import triton
 from torch import Tensor
 
-from headfold.backends.triton.replay import give_up, note
-
-# Whether pointers or integers are multiples of this is compiled in, as is a 1.
-_ALIGNED = 16
+from headfold.backends.triton.replay import ALIGNED, give_up, note
 
 Values = tuple[Any, ...]
 
@@ -102,8 +99,8 @@ def traits_of_numbers(numbers: Values) -> int:
     """Return what a compiled kernel is told of integers and None: two lists of them that are equal share one."""
     traits = 1
     for x in numbers:
-        # No integer is both 1 and a multiple of 16.
-        one = 3 if x is None else _is_narrow(x) << 2 | (x == 1) << 1 | (x % _ALIGNED == 0)
+        # A 1 is compiled in too. No integer is both that and a multiple of 16.
+        one = 3 if x is None else _is_narrow(x) << 2 | (x == 1) << 1 | (x % ALIGNED == 0)
         traits = traits << 3 | one
     return traits
 
@@ -111,7 +108,7 @@ def traits_of_numbers(numbers: Values) -> int:
 def is_aligned(x: Tensor) -> bool:
     """Whether kernels are compiled to read a tensor in vectors: of neighbours along its last axis, in any row."""
     *strides, last = x.stride()
-    return last == 1 and x.data_ptr() % _ALIGNED == 0 and all(n % _ALIGNED == 0 for n in strides)
+    return last == 1 and x.data_ptr() % ALIGNED == 0 and all(n % ALIGNED == 0 for n in strides)
 
 
 def _is_narrow(x: int) -> bool:
@@ -130,10 +127,6 @@ def widths(numbers: Values) -> Values | None:
 def traits(rest: Values) -> list[Any]:
     """Return what a compiled kernel is told of tensors, of None, and of what is a number in another launch."""
     return [
-        x
-        if x is None
-        else (x.dtype, x.data_ptr() % _ALIGNED == 0)
-        if isinstance(x, Tensor)
-        else traits_of_numbers((x,))
+        x if x is None else (x.dtype, x.data_ptr() % ALIGNED == 0) if isinstance(x, Tensor) else traits_of_numbers((x,))
         for x in rest
     ]

@@ -1,8 +1,8 @@
-"""The launches of a fold, kept for the next call that differs in its data alone.
+"""The launches of a fold, kept for later calls that differ in their data alone.
 
 A fold of many slabs asks its plan, views its tensors and tells its kernels apart before every launch: more work for
-the host than a slab is for the device. All of it follows from shapes, strides and options, so the first call notes
-what it launches, and later ones launch that again, with every pointer as far into its tensor as it was.
+the host than a slab is for the device. All of it follows from shapes, strides and options, so the second call of a kind
+notes what it launches, and later ones launch that again, with every pointer as far into its tensor as it was.
 """
 
 from __future__ import annotations
@@ -14,9 +14,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-# Launches that are kept, a kilobyte each: enough for a hundred calls of 32768 rows.
+# Launches that are kept, 2.5 kB each: enough for a hundred calls of 32768 rows.
 _MOST = 1 << 14
-_ALIGNED = 16
+# Whether pointers or integers are multiples of this is compiled into kernels.
+ALIGNED = 16
 
 
 class Step(NamedTuple):
@@ -28,14 +29,15 @@ class Step(NamedTuple):
 
 
 class Notes:
-    """What one call launches on its tensors, none of which may share memory with another.
+    """What one call launches on its tensors.
 
-    steps: None once something was launched that cannot be launched again by pointers alone.
+    steps: None where it cannot be launched again by pointers alone, as where two of the tensors share memory: then the
+    pointers do not say which of them they are into.
     """
 
     def __init__(self, tensors: Sequence[Tensor | None]) -> None:
         present = [(i, x) for i, x in enumerate(tensors) if x is not None and x.numel() > 0]
-        self.places = {memory_of(x): (i, x.data_ptr()) for i, x in present}
+        self.places = {_memory_of(x): (i, x.data_ptr()) for i, x in present}
         self.steps: list[Step] | None = [] if len(self.places) == len(present) else None
 
     def add(self, compiled: Any, grid: tuple[int, ...], args: Sequence[Any]) -> None:
@@ -45,7 +47,7 @@ class Notes:
         pointers = []
         for at, x in enumerate(args):
             if isinstance(x, Tensor) and x.numel() > 0:
-                found = self.places.get(memory_of(x))
+                found = self.places.get(_memory_of(x))
                 if found is None:
                     self.steps = None
                     return
@@ -58,8 +60,37 @@ class _Local(threading.local):
     notes: Notes | None = None
 
 
+class _Kept:
+    """Steps by key, the last used last, and None where a key was met once or its call cannot be launched again."""
+
+    def __init__(self, most: int) -> None:
+        self.most, self.launches = most, 0
+        self.steps: dict[Hashable, list[Step] | None] = {}
+        self.lock = threading.Lock()
+
+    def take(self, key: Hashable) -> tuple[bool, list[Step] | None]:
+        """Return whether a key was met before, and its steps, which are no longer kept."""
+        with self.lock:
+            met = key in self.steps
+            steps = self.steps.pop(key, None)
+            self.launches -= _size(steps) if met else 0
+        return met, steps
+
+    def put(self, key: Hashable, steps: list[Step] | None) -> None:
+        """Keep the steps of a key, and let go of those that were not used for longest where there are too many."""
+        with self.lock:
+            self.launches += _size(steps) - (_size(self.steps[key]) if key in self.steps else 0)
+            self.steps[key] = steps
+            while self.launches > self.most:
+                self.launches -= _size(self.steps.pop(next(iter(self.steps))))
+
+
+def _size(steps: list[Step] | None) -> int:
+    return 1 + len(steps or ())
+
+
 _local = _Local()
-_kept: dict[Hashable, list[Step]] = {}
+_kept = _Kept(_MOST)
 
 
 def replay(run: Callable[[], None], key: Hashable, *tensors: Tensor | None) -> None:
@@ -70,12 +101,15 @@ def replay(run: Callable[[], None], key: Hashable, *tensors: Tensor | None) -> N
     first = next(x for x in tensors if x is not None)
     key = key, first.device, *map(_traits, tensors)
     with torch.cuda.device_of(first):
-        steps = _kept.get(key)
-        if steps is None:
-            steps = noted(run, tensors)
-            if steps is not None:
-                _keep(key, steps)
+        met, steps = _kept.take(key)
+        if not met:  # nor may it be again, as where keys grow by one with every call
+            _kept.put(key, None)
+            run()
             return
+        if steps is None:
+            _kept.put(key, _noted(run, tensors))
+            return
+        _kept.put(key, steps)
         bases = [0 if x is None else x.data_ptr() for x in tensors]
         stream = torch.cuda.current_stream(first.device).cuda_stream
         for start, args, pointers in steps:
@@ -85,7 +119,7 @@ def replay(run: Callable[[], None], key: Hashable, *tensors: Tensor | None) -> N
             start(*args, stream=stream)
 
 
-def noted(run: Callable[[], None], tensors: Sequence[Tensor | None]) -> list[Step] | None:
+def _noted(run: Callable[[], None], tensors: Sequence[Tensor | None]) -> list[Step] | None:
     """Run and return what was launched, or None where that is not all there is to it."""
     outer, _local.notes = _local.notes, Notes(tensors)
     try:
@@ -107,17 +141,10 @@ def give_up() -> None:
         _local.notes.steps = None
 
 
-def memory_of(x: Tensor) -> int:
+def _memory_of(x: Tensor) -> int:
     """Return what tells the memory that a tensor views from other tensors'."""
     return x.untyped_storage().data_ptr()
 
 
-def _keep(key: Hashable, steps: list[Step]) -> None:
-    if sum(map(len, _kept.values())) + len(steps) > _MOST:
-        _kept.clear()
-    if len(steps) <= _MOST:
-        _kept[key] = steps
-
-
 def _traits(x: Tensor | None) -> Hashable:
-    return None if x is None else (x.dtype, x.shape, x.stride(), x.data_ptr() % _ALIGNED)
+    return None if x is None else (x.dtype, x.shape, x.stride(), x.data_ptr() % ALIGNED)

@@ -54,11 +54,11 @@ def index_topk(
     plan = selection_plan(q, k, relu, topk, workspace)
     buffer = torch.empty(plan.elements, dtype=dtype, device=q.device)
     scratch = Scratch(plan.kept, q.device)
-    slab = Slab(q, weights, k, start, end, bias, offset, ratio, scale)
-    run = functools.partial(_fold, indices, scores, slab, buffer, scratch, plan, relu=relu, in_order=in_order)
+    call = Slab(q, weights, k, start, end, bias, offset, ratio, scale)
+    run = functools.partial(_fold, indices, scores, call, buffer, scratch, plan, relu=relu, in_order=in_order)
     if relu:  # else heads are folded first, into memory of their own
-        key = plan, offset, ratio, scale, in_order, slab.row("scores"), precision(k.dtype)
-        replay(run, key, indices, scores, *slab.tensors(), buffer, *scratch.tensors())
+        key = plan, offset, ratio, scale.hex(), in_order, call.row("scores"), precision(k.dtype)
+        replay(run, key, indices, scores, *call.tensors(), buffer, *scratch.tensors())
     else:
         run()
     return indices, scores
