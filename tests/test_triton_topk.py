@@ -14,7 +14,7 @@ from torch import Tensor
 
 from headfold import IndexerGeometry, KeyRange, index_scores, index_topk, triton_tiles
 from headfold.lanes.measure import allocator_peak
-from headfold.tiles import MIB
+from headfold.tiles import DEFAULT_WORKSPACE, MIB
 from headfold.triton_tiles import Kept, SlabSelection
 from on_device import DEVICE, Case, launches_leave_nothing, there
 
@@ -463,6 +463,25 @@ def test_slabs_cover_every_row_once_within_the_workspace(
     blind = sum(limit(row) == 0 for row in range(sq)) * b
     assert b * sq - blind <= covered <= b * sq
     assert len(set(seen)) >= len(seen) // 2
+
+
+def taken_by_cuda(size: int) -> int:
+    """Return the bytes that torch's CUDA allocator takes for a buffer: it parts no block to save 1 MiB or less."""
+    size = -(-size // 512) * 512
+    segment = 20 * MIB if size < 10 * MIB else -(-size // (2 * MIB)) * 2 * MIB
+    return size if size <= MIB or segment - size > MIB else segment
+
+
+@pytest.mark.parametrize("size", [4, 8])
+@pytest.mark.parametrize("topk", [64, 512, 2048, 8192])
+@pytest.mark.parametrize("sk", [2048, 4097, 8192, 32768, 65536, 262144])
+def test_the_default_workspace_holds_what_the_allocator_takes_too(sk: int, topk: int, size: int) -> None:
+    for sq in (128, 4096, 32768):
+        plan = SlabSelection.of(8, sq, sk, 64, 128, topk, size, DEFAULT_WORKSPACE)
+        scratch = [x for x in selecting.Scratch(plan.kept, torch.device("meta")).tensors() if x is not None]
+        wanted = [plan.elements * size, *(x.numel() * x.itemsize for x in scratch)]
+        assert sum(wanted) == plan.scratch_bytes
+        assert sum(map(taken_by_cuda, wanted)) <= DEFAULT_WORKSPACE
 
 
 def test_at_full_size_slabs_are_few_and_the_least_workspace_is_small() -> None:

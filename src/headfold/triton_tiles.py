@@ -12,6 +12,9 @@ from dataclasses import dataclass, replace
 from headfold.score_tiles import ScoreTile
 from headfold.tiles import MIB
 
+# What the CUDA allocator takes beyond what it is asked for: of a block of more than 10 MiB it keeps a rest of up to 1,
+# and a slab is such a block, and one more at most.
+_ROUNDED = 2 * MIB
 # About what stays in L2 (50 MB on an H100) between the kernel that fills a slab of scores and the one that selects from
 # it. Every slab costs the ends of two launches, and one of long rows has too few of them to fill a chip.
 _SLAB_BYTES = 48 * MIB
@@ -142,7 +145,7 @@ class SlabSelection:
             short, spare = padded(one.held) * size, workspace - room * room_row
             rows = max(rows, min(fitting(spare - min(_SLAB_BYTES, room * scored), line), fitting(spare, short + line)))
             usable = min(_SLAB_BYTES, max(room * scored, rows * short))
-        spare = workspace - rows * line - room * room_row
+        spare = workspace - rows * line - room * room_row - min(_ROUNDED, workspace // 32)
         elements = max(least, min(most, min(usable, spare) // max(1, scored))) * padded(sk)
         kept = replace(one, rows=rows, room=room)
         return cls(kept, elements, least, ScoreTile(1, rows, sk, h, d, size, relu).folded_bytes)
