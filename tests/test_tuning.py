@@ -14,6 +14,7 @@ from headfold.lanes.record import FAIL, PASS, Lane
 from headfold.lanes.tuning import KERNELS, candidates, written
 
 pytest.importorskip("triton", reason="Triton is not installed")
+from headfold.backends.triton import table
 from headfold.backends.triton.table import ANY, TABLE, Row, tile
 
 CUDA = torch.device("cuda")
@@ -48,6 +49,51 @@ def test_a_row_is_written_as_the_table_has_it() -> None:
     said = written(NOW)
     assert said == 'Row("scores", "sm_90", "half", 128, ANY, 128, 64, 4, 2),'
     assert eval(said, {"Row": Row, "ANY": ANY}) == (NOW,)
+
+
+def test_the_most_registers_are_part_of_a_row_and_of_its_launch() -> None:
+    capped = NOW._replace(registers=168)
+    said = written(capped)
+    assert said == 'Row("scores", "sm_90", "half", 128, ANY, 128, 64, 4, 2, 168),'
+    assert eval(said, {"Row": Row, "ANY": ANY}) == (capped,)
+    assert NOW.launch == {"num_warps": 4}
+    assert capped.launch == {"num_warps": 4, "maxnreg": 168}
+
+
+def test_registers_for_one_more_program_are_asked_for_where_shared_memory_has_room() -> None:
+    from headfold.backends.triton.compiling import Compiled
+
+    specimen = tuning.specimen_of(NOW, "bfloat16", 32, 128)
+    assert specimen.registers is None
+    assert tuning.specimen_of(NOW._replace(registers=96), "bfloat16", 32, 128).registers == 96
+    roomy = Compiled(216, 0, 66560, {}, 0.0)
+    assert roomy.programs_per_core(specimen, "sm_90") == 2
+    assert roomy.registers_for_one_more(specimen, "sm_90") == 168
+    assert Compiled(216, 0, 83456, {}, 0.0).registers_for_one_more(specimen, "sm_90") is None
+
+
+def test_a_candidate_is_tried_again_with_so_few_registers(monkeypatch: pytest.MonkeyPatch) -> None:
+    tried: list[tuple[int, int | None]] = []
+
+    def compiled(candidate: Row, *_: Any) -> dict[str, Any]:
+        tried.append((candidate.rows, candidate.registers))
+        return {"verdict": PASS, tuning.ONE_MORE: 80 if candidate.rows == 128 else None}
+
+    def timed(candidate: Row, *_: Any) -> dict[str, Any]:
+        return {"seconds": 1.0 if candidate.registers else 2.0, "verdict": PASS}
+
+    monkeypatch.setattr(tuning, "_compiled", compiled)
+    monkeypatch.setattr(tuning, "_timed", timed)
+    monkeypatch.setattr(tuning, "_inputs", lambda *_: None)
+    monkeypatch.setattr(tuning, "candidates", lambda *_: [NOW, NOW._replace(rows=256)])
+    monkeypatch.setattr(backends, "load", lambda _: type("Kernels", (), {"INTERPRETED": False}))
+    monkeypatch.setattr(table, "arch_of", lambda _: "sm_90")
+    monkeypatch.setitem(tuning.KERNELS, "scores", tuning.Kernel((128,), (64,), lambda *_: lambda: None))
+    lane = tuning.tune("scores", CUDA, dtype="bfloat16", heads=32, dim=128)
+    assert tried == [(128, None), (128, 80), (256, None)]
+    assert [row.get("cap") for row in lane.rows] == [80, None, None]
+    assert not any(tuning.ONE_MORE in row for row in lane.rows)
+    assert lane.notes[0].endswith('Row("scores", "sm_90", "half", 128, ANY, 128, 64, 4, 2, 80),')
 
 
 def ranked(*seconds: float | None) -> Lane:

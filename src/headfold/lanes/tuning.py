@@ -23,6 +23,7 @@ COLUMNS = (
     Column("keys", "keys", "number"),
     Column("warps", "warps", "number"),
     Column("stages", "stages", "number"),
+    Column("cap", "registers at most", "number"),
     Column("registers", "registers a thread", "number"),
     Column("shared", "shared memory", "bytes"),
     Column("seconds", "median", "seconds"),
@@ -40,6 +41,8 @@ WARPS = 4, 8
 STAGES = {"half": (2, 3, 4), "float32": (1, 2), "float64": (1, 2)}
 # Results of one product that a warp may hold: fewer do not pay, more do not fit registers.
 FEWEST, MOST = 128, 4096
+# What a compiled candidate says of registers, until it is tried with so few.
+ONE_MORE = "registers for one more program a core"
 NARROWEST = 16  # rows and keys of a matrix instruction
 
 
@@ -76,7 +79,8 @@ def tune(kernel: str, device: torch.device, *, dtype: str, heads: int, dim: int,
     """Search the tiles of a kernel for one shape of call, and say which row the table should have.
 
     A candidate has to compile without a spill and within the chip's shared memory before it is timed; times are the
-    medians of triton.testing.do_bench, which clears the L2 cache between runs.
+    medians of triton.testing.do_bench, which clears the L2 cache between runs. Where one more program of it would fit
+    a core if its threads had fewer registers, it is tried with so many at most too.
 
     Args:
         kernel: its name in the table of tiles.
@@ -102,7 +106,12 @@ def tune(kernel: str, device: torch.device, *, dtype: str, heads: int, dim: int,
     lane = Lane("tune", f"Which tile is fastest for {kernel}, {dtype}, h={heads}, d={dim} on {arch}?", COLUMNS)
     call = KERNELS[kernel].call(kernels, _inputs(device, dtype, heads, dim))
     for candidate in track(candidates(kernel, now, heads), f"tune {kernel}"):
-        lane.rows.append(_row(candidate, call, arch, dtype, heads, dim, device))
+        row = _row(candidate, call, arch, dtype, heads, dim, device)
+        cap = row.pop(ONE_MORE, None)
+        lane.rows.append(row)
+        if cap is not None and "seconds" in row:
+            tighter = _row(candidate._replace(registers=cap), call, arch, dtype, heads, dim, device)
+            lane.rows.append({name: x for name, x in tighter.items() if name != ONE_MORE})
     _rank(lane, now, arch)
     lane.notes.append(
         f"Timed at b=1, {ROWS} rows, {KEYS} keys, topk {TOPK}"
@@ -124,7 +133,8 @@ def _rank(lane: Lane, now: Tile, arch: str) -> None:
         for row in lane.rows:
             if "seconds" in row:
                 row["times"] = row["seconds"] / first["seconds"]
-    chosen = now._replace(arch=arch, **{name: best[name] for name in ("rows", "keys", "warps", "stages")})
+    sizes = {name: best[name] for name in ("rows", "keys", "warps", "stages")}
+    chosen = now._replace(arch=arch, **sizes, registers=best.get("cap"))
     said = "The table's own is the fastest" if best is first else "The table's new row, before the one it has"
     lane.notes.append(f"{said}: {written(chosen)}")
 
@@ -136,7 +146,7 @@ def written(row: Tile) -> str:
     def one(value: Any) -> str:
         return "ANY" if value == ANY else f'"{value}"' if isinstance(value, str) else str(value)
 
-    return f"Row({', '.join(map(one, row))}),"
+    return f"Row({', '.join(map(one, row if row.registers else row[:-1]))}),"
 
 
 def _row(
@@ -149,6 +159,8 @@ def _row(
     device: torch.device,
 ) -> Row:
     row: Row = {name: getattr(candidate, name) for name in ("rows", "keys", "warps", "stages")}
+    if candidate.registers is not None:
+        row["cap"] = candidate.registers
     try:
         row |= _compiled(candidate, arch, dtype, heads, dim)
         if row["verdict"] != FAIL:
@@ -168,6 +180,8 @@ def _compiled(candidate: Tile, arch: str, dtype: str, heads: int, dim: int) -> R
     found = compiling.compile_specimen(specimen, arch)
     breaches = [x for x in found.breaches(specimen, arch) if not x.startswith("has no ")]
     row: Row = {"registers": found.registers, "shared": found.shared, "note": "; ".join(breaches)}
+    if compiling.TARGETS[arch].backend == "cuda":  # elsewhere the compiler takes no such limit
+        row[ONE_MORE] = found.registers_for_one_more(specimen, arch)
     return {**row, "verdict": FAIL if breaches else PASS}
 
 

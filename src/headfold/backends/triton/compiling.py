@@ -22,6 +22,8 @@ TARGETS = {
 }
 # Bytes of shared memory that one program may take. The compiler does not hold its results to this.
 SHARED = {"sm_80": 163 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024, "gfx942": 64 * 1024}
+# Registers of one multiprocessor.
+REGISTERS = {"sm_80": 65536, "sm_90": 65536, "sm_100": 65536, "gfx942": 131072}
 # Matrix instructions by name, in the assembly that is looked at, the one that a chip is to use first.
 MATRIX = {
     "sm_80": ("mma.sync",),
@@ -81,9 +83,18 @@ class Compiled:
         """Return how many programs fit one multiprocessor, by registers and shared memory."""
         threads = specimen.num_warps * TARGETS[arch].warp_size
         granted = -(-self.registers // 8) * 8
-        by_registers = (65536 if arch != "gfx942" else 131072) // (threads * granted)
-        by_shared = SHARED[arch] // (self.shared + 1024) if arch != "gfx942" else SHARED[arch] // max(1, self.shared)
-        return int(min(by_registers, by_shared))
+        return int(min(REGISTERS[arch] // (threads * granted), self.programs_by_shared(arch)))
+
+    def programs_by_shared(self, arch: str) -> int:
+        """Return how many programs' shared memory fits one multiprocessor."""
+        return SHARED[arch] // (self.shared + 1024) if arch != "gfx942" else SHARED[arch] // max(1, self.shared)
+
+    def registers_for_one_more(self, specimen: Specimen, arch: str) -> int | None:
+        """Return the most registers a thread with which one more program fits, or None where shared memory does not."""
+        programs = self.programs_per_core(specimen, arch) + 1
+        if programs > self.programs_by_shared(arch):
+            return None
+        return int(REGISTERS[arch] // (programs * specimen.num_warps * TARGETS[arch].warp_size) // 8 * 8)
 
 
 def compile_specimen(specimen: Specimen, arch: str) -> Compiled:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -101,7 +102,8 @@ def gathered_specimen(
     matrix = dtype.itemsize == 2
     narrow = row.keys < WIDE_PRODUCT
     sizes = row.warps, row.stages
-    return _described(label, KERNELS[row.kernel], pointers, constants, *sizes, matrix=matrix, narrow=narrow)
+    found = _described(label, KERNELS[row.kernel], pointers, constants, *sizes, matrix=matrix, narrow=narrow)
+    return replace(found, registers=row.registers)
 
 
 def _attention_constants(row: Row, dtype: torch.dtype, h: int, d: int, v: int) -> dict[str, Any]:

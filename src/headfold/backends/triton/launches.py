@@ -127,7 +127,7 @@ def constants_of(
         "PRECISION": exact,
         "ACC": ACCUMULATORS[dtype],
         "UPCAST": upcast,
-        "num_warps": row.warps,
+        **row.launch,
         "num_stages": row.stages,
     }
 

@@ -87,4 +87,4 @@ def _specimen(
     constants = {name: value for name, value in (constants | {"RATIO": 1}).items() if name in names}
     types = types | dict.fromkeys(COUNTS, "i32") | {"MARKS": "*u8:16", "factor": "fp64"}
     taken = {name: types.get(name, "i32:16") for name in names if name not in constants}
-    return Specimen(label, kernel, taken, constants, row.warps, max(1, row.stages), matrix)
+    return Specimen(label, kernel, taken, constants, row.warps, max(1, row.stages), matrix, registers=row.registers)

@@ -110,4 +110,4 @@ def _specimen(
     names = kernel.arg_names
     constants = {name: value for name, value in constants.items() if name in names}
     taken = {name: types.get(name, "i32:16") for name in names if name not in constants}
-    return Specimen(label, kernel, taken, constants, row.warps, max(1, row.stages), matrix)
+    return Specimen(label, kernel, taken, constants, row.warps, max(1, row.stages), matrix, registers=row.registers)

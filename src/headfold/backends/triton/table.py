@@ -6,6 +6,7 @@ h heads. What it says:
     rows             query rows x heads of one program's tile; more heads than that are several launches
     keys             keys of the tile
     warps, stages    of the launch
+    registers        of a thread, at most; None leaves them to the compiler
 """
 
 from __future__ import annotations
@@ -35,6 +36,12 @@ class Row(NamedTuple):
     keys: int
     warps: int
     stages: int
+    registers: int | None = None
+
+    @property
+    def launch(self) -> dict[str, int]:
+        """Options of a launch, beside the stages of its loops."""
+        return {"num_warps": self.warps, **({} if self.registers is None else {"maxnreg": self.registers})}
 
     def takes(self, dtype: torch.dtype) -> bool:
         """Whether the row is for inputs of a dtype."""
@@ -48,7 +55,7 @@ class Row(NamedTuple):
 # Read off the compile lane: no spills, shared memory within the chip, tensor cores in use (docs/kernels.md). The first
 # row that covers a call is its row.
 TABLE = (
-    # kernel, arch, dtype, d, h, rows, keys, warps, stages
+    # kernel, arch, dtype, d, h, rows, keys, warps, stages, registers
     # The interpreter's: few steps of Python.
     Row("scores", "cpu", "*", 256, ANY, 128, 64, 4, 1),
     Row("query_gradients", "cpu", "*", 256, ANY, 128, 64, 4, 1),

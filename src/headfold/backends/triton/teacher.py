@@ -300,7 +300,7 @@ def fill_mass(
         **common,
         ROWS=first.rows,
         KEYS=first.keys,
-        num_warps=first.warps,
+        **first.launch,
         num_stages=first.stages,
     )
     if splits > 1:
@@ -321,7 +321,7 @@ def fill_mass(
         **common,
         ROWS=second.rows,
         KEYS=second.keys,
-        num_warps=second.warps,
+        **second.launch,
         num_stages=second.stages,
     )
 
