@@ -48,7 +48,7 @@ class Kept:
     """Scratch to select `topk` keys of so many rows before they are sorted, whose scores have `size` bytes.
 
     room: rows that are cut at a time of those with more than `held` keys.   capacity: how many keys of such a row may
-    be put aside, at least topk.
+    be put aside, at least topk.   in_order: whether rows are sorted, as those of float64 always are.
     """
 
     rows: int
@@ -56,6 +56,7 @@ class Kept:
     topk: int
     capacity: int
     size: int
+    in_order: bool = True
 
     @classmethod
     def of(cls, rows: int, sk: int, topk: int, size: int) -> Kept:
@@ -84,13 +85,18 @@ class Kept:
     @property
     def packed(self) -> int:
         """Keys of a row that are packed into int64 between rounds of sorting; none where one round is enough."""
-        return self.block * self.blocks if self.size == 4 and self.blocks > 2 else 0
+        return self.block * self.blocks if self.size == 4 and self.blocks > 2 and self.in_order else 0
+
+    @property
+    def waiting(self) -> int:
+        """Keys of a row whose scores wait until they are sorted."""
+        return self.topk if self.in_order or self.size == 8 else 0
 
     @property
     def line_bytes(self) -> int:
         """Scratch of a row until it is sorted: scores, a count, what is packed, and keys that have no other place."""
         keys = self.topk * _KEY if self.size == 8 else 0
-        return self.topk * self.size + keys + _KEY + 8 * self.packed
+        return self.waiting * self.size + keys + _KEY + 8 * self.packed
 
     @property
     def room_bytes(self) -> int:
@@ -118,16 +124,30 @@ class SlabSelection:
 
     @classmethod
     def of(
-        cls, b: int, sq: int, sk: int, h: int, d: int, topk: int, size: int, workspace: int, *, relu: bool = True
+        cls,
+        b: int,
+        sq: int,
+        sk: int,
+        h: int,
+        d: int,
+        topk: int,
+        size: int,
+        workspace: int,
+        *,
+        relu: bool = True,
+        in_order: bool = True,
     ) -> SlabSelection:
         """Return the fold that a workspace leaves room for, or the smallest there is."""
         one = Kept.of(1, sk, topk, size)
         scored, room_row = padded(sk) * size, one.room * one.room_bytes
-        line = one.line_bytes + (0 if relu else d * size)
+        folded = 0 if relu else d * size
+        line = one.line_bytes + folded
         least = max(_ROWS, _PRODUCT_ROWS >> (h - 1).bit_length())
         while least > 1 and min(sq, least) * (scored + line + room_row) > _LEAST_BYTES:
             least //= 2
         least = max(1, min(sq, least))
+        one = replace(one, in_order=in_order)  # the grid is the same in any order
+        line = one.line_bytes + folded
         most = max(1, b) * -(-sq // least) * least
 
         def fitting(space: int, row_bytes: int) -> int:

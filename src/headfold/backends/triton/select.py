@@ -75,7 +75,7 @@ class Scratch:
         self.found = empty(plan.room * plan.capacity, torch.int64)
         self.found_key = empty(plan.room * plan.capacity, torch.int32) if wide else None
         self.count = empty(plan.rows, torch.int32)
-        self.scores = empty(plan.rows * plan.topk, torch.float64 if wide else torch.float32)
+        self.scores = empty(plan.rows * plan.waiting, torch.float64 if wide else torch.float32)
         self.keys = empty(plan.rows * plan.topk, torch.int32) if wide else None
         self.packed = empty(plan.rows * plan.packed, torch.int64)
 

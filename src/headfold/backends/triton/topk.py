@@ -20,11 +20,11 @@ from headfold.triton_tiles import SlabSelection, padded
 NEG_INF = float("-inf")
 
 
-def selection_plan(q: Tensor, k: Tensor, relu: bool, topk: int, workspace: int) -> SlabSelection:
+def selection_plan(q: Tensor, k: Tensor, relu: bool, topk: int, workspace: int, in_order: bool = True) -> SlabSelection:
     """Return the fold of a call over batch-first q [b, sq, h, d] and k [b, sk, d]."""
     b, sq, h, d = q.shape
     size = compute_dtype(q.dtype).itemsize
-    return SlabSelection.of(b, sq, k.shape[1], h, d, topk, size, workspace, relu=relu)
+    return SlabSelection.of(b, sq, k.shape[1], h, d, topk, size, workspace, relu=relu, in_order=in_order)
 
 
 def index_topk(
@@ -51,13 +51,13 @@ def index_topk(
     scores = torch.full((b, sq, topk), NEG_INF, dtype=dtype, device=q.device) if with_scores else None
     if indices.numel() == 0 or sk == 0:
         return indices, scores
-    plan = selection_plan(q, k, relu, topk, workspace)
+    plan = selection_plan(q, k, relu, topk, workspace, in_order)
     buffer = torch.empty(plan.elements, dtype=dtype, device=q.device)
     scratch = Scratch(plan.kept, q.device)
     call = Slab(q, weights, k, start, end, bias, offset, ratio, scale)
     run = functools.partial(_fold, indices, scores, call, buffer, scratch, plan, relu=relu, in_order=in_order)
     if relu:  # else heads are folded first, into memory of their own
-        key = plan, offset, ratio, scale.hex(), in_order, call.row("scores"), precision(k.dtype)
+        key = plan, offset, ratio, scale.hex(), call.row("scores"), precision(k.dtype)
         replay(run, key, indices, scores, *call.tensors(), buffer, *scratch.tensors())
     else:
         run()
