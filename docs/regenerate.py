@@ -23,7 +23,7 @@ from typing import Any
 from tabulate import tabulate
 
 from headfold.lanes.record import show, show_bytes
-from measuring.tables import first, kernels
+from measuring.tables import beside_pytorch, kernels
 
 DOCS = Path(__file__).parent
 PAGES = (DOCS.parent / "README.md", *(DOCS / f"{name}.md" for name in ("story", "megatron", "transformers", "kernels")))
@@ -178,7 +178,7 @@ MEASURED: dict[str, Callable[[Report], str]] = {
     "warmup": warmup,
     "megatron": megatron,
     "kernels": lambda _: kernels(DOCS / "results"),
-    "gpu": lambda _: first(DOCS / "results"),
+    "gpu": lambda _: beside_pytorch(DOCS / "results"),
     "transformers": transformers,
     "conditions": lambda report: f"Measured at {conditions(report)}.",
 }

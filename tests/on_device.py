@@ -19,7 +19,7 @@ from torch import Tensor
 import cases
 from headfold import KeyRange
 
-# Triton reads the variable too, before any of its functions is decorated: tests go where its kernels will.
+# With it Triton interprets its kernels, on CPU tensors alone, though there be a GPU: inputs have to go where they run.
 ON_GPU = torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1"
 DEVICE = torch.device("cuda" if ON_GPU else "cpu")
 

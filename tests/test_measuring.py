@@ -223,8 +223,8 @@ def test_every_card_has_a_table_of_all_its_files_where_the_later_row_counts(tmp_
     assert "index_scores" not in h200
 
 
-def test_what_comes_first_has_plain_pytorch_beside_each_call(tmp_path: Path) -> None:
-    (ours, theirs, shape), (backward, _, _), *_ = tables.FIRST
+def test_a_short_table_has_plain_pytorch_beside_each_call(tmp_path: Path) -> None:
+    (ours, theirs, shape), (backward, _, _), *_ = tables.BESIDE_PYTORCH
     at = {"shape": shape, "peak_bytes": 1 << 20}
     written = [
         facts("H100"), {**line(ours, ms=2.0), **at}, {**line(theirs, ms=30.0), **at, "peak_bytes": 1 << 30},
@@ -232,7 +232,7 @@ def test_what_comes_first_has_plain_pytorch_beside_each_call(tmp_path: Path) -> 
         facts("H200"), {**line(ours, ms=2.0), **at}, {**line(theirs, out_of_memory=1 << 37), "shape": shape},
     ]  # fmt: skip
     (tmp_path / "kernels_a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in written))
-    rows = [[cell.strip() for cell in row.split("|")[1:-1]] for row in tables.first(tmp_path).splitlines()]
+    rows = [[cell.strip() for cell in row.split("|")[1:-1]] for row in tables.beside_pytorch(tmp_path).splitlines()]
     assert [row for row in rows if row and row[0].startswith("index_scores")] == [
         ["index_scores, forward", shape, "2 ms", "30 ms", "15.0 ×", "1 MiB", "1 GiB"],
         ["index_scores, forward", shape, "2 ms", "out of memory, asked for 128 GiB", "", "1 MiB", ""],

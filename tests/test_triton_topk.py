@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 from itertools import product
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -22,6 +23,8 @@ from on_device import DEVICE, Case, launches_leave_nothing, there
 pytest.importorskip("triton", reason="Triton is not installed")
 from headfold.backends import triton as kernels
 from headfold.backends.triton import select as selecting
+from headfold.backends.triton import topk as topk_kernels
+from headfold.backends.triton.launches import Slab
 from headfold.backends.triton.select import Scratch, finish, keep, rounds
 
 NEG_INF, INF, NAN = float("-inf"), float("inf"), float("nan")
@@ -60,7 +63,7 @@ def selected(
     held: keys of a row that is cut at once; capacity, where that is more.
     """
     shape, rows = (*slab.shape[:2], topk + 1), slab.shape[0] * slab.shape[1]
-    scratch = Scratch(Kept(rows, rows, topk, max(topk, capacity), slab.itemsize), slab.device)
+    scratch = Scratch(Kept(rows, rows, topk, max(topk, capacity), slab.itemsize, in_order), slab.device)
     for buffer in vars(scratch).values():
         if isinstance(buffer, Tensor):
             buffer.fill_(-77)
@@ -68,8 +71,8 @@ def selected(
     scores = torch.full(shape, NEG_INF, dtype=slab.dtype, device=slab.device)
     results = indices[..., :topk], scores[..., :topk]
     with mock.patch.object(triton_tiles, "_HELD", held):
-        keep(slab, *results, start, end, None, 1, scratch, 0, in_order=in_order)
-    finish(*results, slab.dtype, scratch, in_order=in_order)
+        keep(slab, *results, start, end, None, 1, scratch, 0)
+    finish(*results, slab.dtype, scratch)
     assert (indices[..., topk:] == -1).all()
     assert (scores[..., topk:] == NEG_INF).all()
     return results
@@ -506,6 +509,28 @@ def test_the_default_workspace_holds_what_the_allocator_takes_too(sk: int, topk:
         wanted = [plan.elements * size, *(x.numel() * x.itemsize for x in scratch)]
         assert sum(wanted) == plan.scratch_bytes
         assert sum(map(taken_by_cuda, wanted)) <= DEFAULT_WORKSPACE
+
+
+def test_a_call_of_full_size_launches_what_its_page_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    launched: list[str] = []
+    for name in ("fill_scores", "keep", "finish"):
+        monkeypatch.setattr(topk_kernels, name, lambda *_, name=name: launched.append(name))
+    q, k = torch.empty(1, 32768, 32, 128, device="meta"), torch.empty(1, 32768, 128, device="meta")
+    call: list[Any] = [q, None, k, None, None, None, 0, 1, True, 1.0, 2048, False, torch.int32, DEFAULT_WORKSPACE]
+    monkeypatch.setattr(topk_kernels, "replay", lambda run, *_: run())
+    monkeypatch.setattr(Slab, "row", lambda *_: None)
+    topk_kernels.index_topk(*call)
+    said = (Path(__file__).parents[1] / "docs" / "kernels_selection.md").read_text()
+    count = launched.count
+    assert count("fill_scores") == count("keep")
+    assert f"the slabs are {count('keep')} launches of two kernels and {count('finish')} of the third" in said
+    plan = kernels.selection_plan(q, k, True, 2048, DEFAULT_WORKSPACE)
+    free = kernels.selection_plan(q, k, True, 2048, DEFAULT_WORKSPACE, False)
+    room, lines = (plan.kept.room * plan.kept.room_bytes, plan.kept.rows * plan.kept.line_bytes)
+    slab, room, lines, larger = (round(x / MIB) for x in (4 * plan.elements, room, lines, 4 * free.elements))
+    assert f"{slab} MiB hold scores, {room} MiB the room of {plan.kept.room} rows and {lines} MiB what waits" in said
+    assert f"in no order {larger} MiB hold scores" in said
+    assert f"{4 * plan.elements // (4 * 32768)} at 32768 keys" in said.replace("\n", " ")
 
 
 def test_at_full_size_slabs_are_few_and_the_least_workspace_is_small() -> None:

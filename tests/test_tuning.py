@@ -56,8 +56,8 @@ def test_the_most_registers_are_part_of_a_row_and_of_its_launch() -> None:
     said = written(capped)
     assert said == 'Row("scores", "sm_90", "half", 128, ANY, 128, 64, 4, 2, 168),'
     assert eval(said, {"Row": Row, "ANY": ANY}) == (capped,)
-    assert NOW.launch == {"num_warps": 4}
-    assert capped.launch == {"num_warps": 4, "maxnreg": 168}
+    assert NOW.options == {"num_warps": 4}
+    assert capped.options == {"num_warps": 4, "maxnreg": 168}
 
 
 def test_registers_for_one_more_program_are_asked_for_where_shared_memory_has_room() -> None:
@@ -75,9 +75,9 @@ def test_registers_for_one_more_program_are_asked_for_where_shared_memory_has_ro
 def test_a_candidate_is_tried_again_with_so_few_registers(monkeypatch: pytest.MonkeyPatch) -> None:
     tried: list[tuple[int, int | None]] = []
 
-    def compiled(candidate: Row, *_: Any) -> dict[str, Any]:
+    def compiled(candidate: Row, *_: Any) -> tuple[dict[str, Any], int | None]:
         tried.append((candidate.rows, candidate.registers))
-        return {"verdict": PASS, tuning.ONE_MORE: 80 if candidate.rows == 128 else None}
+        return {"verdict": PASS}, 80 if candidate.rows == 128 else None
 
     def timed(candidate: Row, *_: Any) -> dict[str, Any]:
         return {"seconds": 1.0 if candidate.registers else 2.0, "verdict": PASS}
@@ -92,7 +92,6 @@ def test_a_candidate_is_tried_again_with_so_few_registers(monkeypatch: pytest.Mo
     lane = tuning.tune("scores", CUDA, dtype="bfloat16", heads=32, dim=128)
     assert tried == [(128, None), (128, 80), (256, None)]
     assert [row.get("cap") for row in lane.rows] == [80, None, None]
-    assert not any(tuning.ONE_MORE in row for row in lane.rows)
     assert lane.notes[0].endswith('Row("scores", "sm_90", "half", 128, ANY, 128, 64, 4, 2, 80),')
 
 
@@ -127,14 +126,15 @@ def test_a_candidate_that_does_not_compile_or_fit_is_named_and_not_timed(monkeyp
 
     monkeypatch.setattr(tuning, "_timed", never)
     arguments: tuple[Any, ...] = ("sm_90", "bfloat16", 32, 128, CUDA)
-    monkeypatch.setattr(tuning, "_compiled", lambda *_: {"verdict": FAIL, "note": "spills 8 bytes"})
-    assert tuning._row(NOW, never, *arguments)["note"] == "spills 8 bytes"
+    monkeypatch.setattr(tuning, "_compiled", lambda *_: ({"verdict": FAIL, "note": "spills 8 bytes"}, 96))
+    row, cap = tuning._row(NOW, never, *arguments)
+    assert (row["note"], cap) == ("spills 8 bytes", None)
 
     def broken(*_: Any) -> Any:
         raise RuntimeError("no such layout\nand more")
 
     monkeypatch.setattr(tuning, "_compiled", broken)
-    row = tuning._row(NOW, never, *arguments)
+    row, _ = tuning._row(NOW, never, *arguments)
     assert (row["note"], row["verdict"]) == ("RuntimeError: no such layout", "")
 
 

@@ -17,10 +17,10 @@ HEAD = ("call", "shape", *TIMES, "TFLOP/s", "products counted", "of the product'
 # What a selection is compared with, at its own shape.
 SCORING = ("index_scores, triton, causal, forward", "index_scores, causal")
 SELECTING = "index_topk "
-# What a reader sees first: a call, what plain PyTorch does instead, and where.
+# A call, what plain PyTorch does instead, and where.
 FULL, LONG, LOSS = "b=8 s=4096 h=32 d=128", "b=1 s=32768 h=32 d=128", "s=4096 h=32 d=128 np=64 np_k=64 hn=128"
 ATTENDING = "s=4096 topk=1024 np=64 np_k=8 hn=128"
-FIRST = (
+BESIDE_PYTORCH = (
     ("index_scores, triton, forward", "index_scores, materialized, forward", FULL),
     ("index_scores, triton, backward", "index_scores, materialized, backward", FULL),
     ("index_topk 2048, causal", "torch.topk 2048 of materialized scores, causal", FULL),
@@ -29,7 +29,7 @@ FIRST = (
     ("sparse_attention, forward", "sparse_attention, materialized, forward", ATTENDING),
     ("sparse_attention, backward", "sparse_attention, materialized, backward", ATTENDING),
 )
-FIRST_HEAD = ("call", "shape", "headfold", "plain PyTorch", "", "headfold, peak", "plain PyTorch, peak")
+BESIDE_HEAD = ("call", "shape", "headfold", "plain PyTorch", "", "headfold, peak", "plain PyTorch, peak")
 
 Found = dict[str, Any]
 
@@ -80,19 +80,20 @@ def kernels(folder: Path) -> str:
     return "\n\n".join(tables)
 
 
-def first(folder: Path) -> str:
-    """Return what a reader sees first of the files of a folder: a short table of every card."""
+def beside_pytorch(folder: Path) -> str:
+    """Return a short table of every card that a folder has files of: what calls take, and plain PyTorch instead."""
     tables = []
     for card, rows in cards(folder.glob("kernels_*.jsonl")).items():
         at = {(one.row["call"], one.row["shape"]): one.row for one in rows if _dtype(one.row) == "bfloat16"}
-        pairs = [(at.get((call, shape), {}), at.get((other, shape), {})) for call, other, shape in FIRST]
+        pairs = [(at.get((call, shape), {}), at.get((other, shape), {})) for call, other, shape in BESIDE_PYTORCH]
         shown = [_beside(ours, theirs) for ours, theirs in pairs if "ms" in ours and theirs]
-        table = tabulate(shown, FIRST_HEAD, tablefmt="github", disable_numparse=True)
+        table = tabulate(shown, BESIDE_HEAD, tablefmt="github", disable_numparse=True)
         tables.append(f"{table}\n\n{card}, {_versions(rows)}; bfloat16, medians, peaks beyond the inputs.")
     return "\n\n".join(tables)
 
 
 def _beside(ours: Found, theirs: Found) -> list[str]:
+    """Return the cells of a row of BESIDE_HEAD."""
     name = ours["call"].replace(", triton", "")
     cells = [name, ours["shape"], f"{ours['ms']:g} ms"]
     if "ms" not in theirs:

@@ -175,7 +175,7 @@ class SlabSelection:
         """Scratch of the fold: a slab, what is kept of its rows, and folded queries."""
         return self.elements * self.kept.size + self.kept.scratch_bytes + self.folded
 
-    def slabs(self, b: int, sq: int, limit: Callable[[int], int]) -> Iterator[Slab]:
+    def slabs(self, b: int, sq: int, limit: Callable[[int], int]) -> Iterator[Part]:
         """Yield the slabs of a call that see any key.   limit: one past the last key that a row may see."""
         batches = 1
         if self._rows(0, sq, limit) == sq:
@@ -187,7 +187,7 @@ class SlabSelection:
                 rows = self._rows(row, sq, limit)
                 width = limit(row + rows - 1)
                 if width > 0:
-                    yield Slab(batch, min(b, batch + batches), row, row + rows, width)
+                    yield Part(batch, min(b, batch + batches), row, row + rows, width)
                 row += rows
 
     def _rows(self, row: int, sq: int, limit: Callable[[int], int]) -> int:
@@ -208,7 +208,7 @@ class SlabSelection:
 
 
 @dataclass(frozen=True)
-class Slab:
+class Part:
     """Rows [row, row_end) of batch elements [batch, batch_end), against the first `width` keys."""
 
     batch: int

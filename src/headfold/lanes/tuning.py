@@ -41,8 +41,6 @@ WARPS = 4, 8
 STAGES = {"half": (2, 3, 4), "float32": (1, 2), "float64": (1, 2)}
 # Results of one product that a warp may hold: fewer do not pay, more do not fit registers.
 FEWEST, MOST = 128, 4096
-# What a compiled candidate says of registers, until it is tried with so few.
-ONE_MORE = "registers for one more program a core"
 NARROWEST = 16  # rows and keys of a matrix instruction
 
 
@@ -106,12 +104,11 @@ def tune(kernel: str, device: torch.device, *, dtype: str, heads: int, dim: int,
     lane = Lane("tune", f"Which tile is fastest for {kernel}, {dtype}, h={heads}, d={dim} on {arch}?", COLUMNS)
     call = KERNELS[kernel].call(kernels, _inputs(device, dtype, heads, dim))
     for candidate in track(candidates(kernel, now, heads), f"tune {kernel}"):
-        row = _row(candidate, call, arch, dtype, heads, dim, device)
-        cap = row.pop(ONE_MORE, None)
+        row, cap = _row(candidate, call, arch, dtype, heads, dim, device)
         lane.rows.append(row)
-        if cap is not None and "seconds" in row:
-            tighter = _row(candidate._replace(registers=cap), call, arch, dtype, heads, dim, device)
-            lane.rows.append({name: x for name, x in tighter.items() if name != ONE_MORE})
+        if cap is not None:
+            row, _ = _row(candidate._replace(registers=cap), call, arch, dtype, heads, dim, device)
+            lane.rows.append(row)
     _rank(lane, now, arch)
     lane.notes.append(
         f"Timed at b=1, {ROWS} rows, {KEYS} keys, topk {TOPK}"
@@ -157,32 +154,36 @@ def _row(
     heads: int,
     dim: int,
     device: torch.device,
-) -> Row:
+) -> tuple[Row, int | None]:
+    """Return what a candidate took, and with how many registers at most one more program of it would fit a core."""
+    cap = None
     row: Row = {name: getattr(candidate, name) for name in ("rows", "keys", "warps", "stages")}
     if candidate.registers is not None:
         row["cap"] = candidate.registers
     try:
-        row |= _compiled(candidate, arch, dtype, heads, dim)
+        compiled, fewer = _compiled(candidate, arch, dtype, heads, dim)
+        row |= compiled
         if row["verdict"] != FAIL:
             row |= _timed(candidate, call, device)
-    except Exception as error:  # noqa: BLE001 - a compiler or launch raises any type; the next tile is tried, this one says it
+            cap = fewer
+    except Exception as error:  # noqa: BLE001 - a compiler or launch raises any type; this tile's row names it, and the next is tried
         row |= {"verdict": FAIL, "note": f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"}
     if row["verdict"] == FAIL:  # a tile that does not fit is an answer, not a broken contract
         row["verdict"] = ""
-    return row
+    return row, cap
 
 
-def _compiled(candidate: Tile, arch: str, dtype: str, heads: int, dim: int) -> Row:
-    """Compile for the chip, and judge spills and shared memory."""
+def _compiled(candidate: Tile, arch: str, dtype: str, heads: int, dim: int) -> tuple[Row, int | None]:
+    """Compile for the chip, and judge spills and shared memory; and as `_row`."""
     from headfold.backends.triton import compiling
 
     specimen = specimen_of(candidate, dtype, heads, dim)
     found = compiling.compile_specimen(specimen, arch)
     breaches = [x for x in found.breaches(specimen, arch) if not x.startswith("has no ")]
     row: Row = {"registers": found.registers, "shared": found.shared, "note": "; ".join(breaches)}
-    if compiling.TARGETS[arch].backend == "cuda":  # elsewhere the compiler takes no such limit
-        row[ONE_MORE] = found.registers_for_one_more(specimen, arch)
-    return {**row, "verdict": FAIL if breaches else PASS}
+    capped = compiling.TARGETS[arch].backend == "cuda"  # elsewhere the compiler takes no such limit
+    fewer = found.registers_for_one_more(specimen, arch) if capped else None
+    return {**row, "verdict": FAIL if breaches else PASS}, fewer
 
 
 def specimen_of(candidate: Tile, dtype: str, heads: int, dim: int) -> Any:

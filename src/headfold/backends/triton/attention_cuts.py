@@ -41,7 +41,7 @@ def cut(kernel: str, query: Tensor, *gathered: Tensor) -> dict[str, int]:
     heads, keys = min(row.rows, max(NARROWEST, triton.next_power_of_2(group))), row.keys
     if arch == "sm_90" and query.dtype.itemsize == 2 and not all(map(is_aligned, gathered)):
         keys = min(keys, UNALIGNED)
-    return {"BH": heads, "BN": keys, "STAGES": row.stages, **row.launch}
+    return {"BH": heads, "BN": keys, "STAGES": row.stages, **row.options}
 
 
 def masked_cut(query: Tensor, key: Tensor) -> dict[str, int]:
@@ -49,4 +49,4 @@ def masked_cut(query: Tensor, key: Tensor) -> dict[str, int]:
     group = query.shape[2] // key.shape[2]
     row = tile("attention_masked", arch_of(query.device), query.dtype, query.shape[3], group)
     heads = min(row.rows, triton.next_power_of_2(group))
-    return {"HEADS": heads, "BM": row.rows, "BN": row.keys, "STAGES": row.stages, **row.launch}
+    return {"HEADS": heads, "BM": row.rows, "BN": row.keys, "STAGES": row.stages, **row.options}

@@ -208,4 +208,4 @@ def _cut(kernel: str, q: Tensor) -> dict[str, int]:
     row, (d0, d1) = tile(kernel, arch_of(q.device), q.dtype, d, h), pieces(d)
     heads = min(row.rows, max(NARROWEST, triton.next_power_of_2(h)))
     sizes = {"H": h, "D": d, "D0": d0, "D1": d1, "BH": heads, "BN": row.keys}
-    return {**sizes, "STAGES": row.stages, **row.launch}
+    return {**sizes, "STAGES": row.stages, **row.options}

@@ -127,7 +127,7 @@ def constants_of(
         "PRECISION": exact,
         "ACC": ACCUMULATORS[dtype],
         "UPCAST": upcast,
-        **row.launch,
+        **row.options,
         "num_stages": row.stages,
     }
 

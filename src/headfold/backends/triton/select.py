@@ -117,7 +117,7 @@ def select(
     indices.fill_(-1)
     if scores is not None:
         scores.fill_(float("-inf"))
-    keep(slab, indices, scores, start, end, offset, ratio, scratch, 0, in_order=True)
+    keep(slab, indices, scores, start, end, offset, ratio, scratch, 0)
     finish(indices, scores, slab.dtype, scratch)
 
 
@@ -131,13 +131,11 @@ def keep(
     ratio: int,
     scratch: Scratch,
     line: int,
-    *,
-    in_order: bool,
 ) -> None:
     """Write the best topk keys of every row of a slab, in no order: to indices and scores that hold -1 and -inf.
 
-    They are results, unless they have to be put in order: then `finish` takes them, and lines of the scratch from
-    `line` on, which are written too. float64 scores are put in order whether or not they have to be.
+    They are results, unless the scratch is for rows in order: then `finish` takes them, and its lines from `line` on,
+    which are written too.
 
     slab: float32 or float64 [b, rows, sk], dense along keys, -inf where a key is not visible.
     start, end: int32 [1 or b, rows] or None; offset, ratio: the static bound of the slab's first row: they bound
@@ -147,7 +145,7 @@ def keep(
     b, rows, sk = slab.shape
     if b * rows * plan.topk == 0:
         return
-    if in_order or plan.size == 8:
+    if plan.waiting:
         scores = scratch.lines(scratch.scores, line, b, rows)
     if scratch.keys is not None:
         indices = scratch.lines(scratch.keys, line, b, rows)
@@ -188,11 +186,9 @@ def keep(
         )
 
 
-def finish(
-    indices: Tensor, scores: Tensor | None, dtype: torch.dtype, scratch: Scratch, *, in_order: bool = True
-) -> None:
-    """Put rows of results in order that `keep` wrote, from scores of `dtype`, with the first lines of the scratch."""
-    if indices.numel() == 0 or (scratch.plan.size == 4 and not in_order):
+def finish(indices: Tensor, scores: Tensor | None, dtype: torch.dtype, scratch: Scratch) -> None:
+    """Put rows of results in order that `keep` wrote with the first lines of the scratch, if those wait for that."""
+    if indices.numel() == 0 or not scratch.plan.waiting:
         return
     with torch.cuda.device_of(indices):
         _finish(indices, scores, ORDERS[dtype].top, scratch)

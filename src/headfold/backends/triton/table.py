@@ -39,7 +39,7 @@ class Row(NamedTuple):
     registers: int | None = None
 
     @property
-    def launch(self) -> dict[str, int]:
+    def options(self) -> dict[str, int]:
         """Options of a launch, beside the stages of its loops."""
         return {"num_warps": self.warps, **({} if self.registers is None else {"maxnreg": self.registers})}
 

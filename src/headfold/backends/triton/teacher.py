@@ -300,7 +300,7 @@ def fill_mass(
         **common,
         ROWS=first.rows,
         KEYS=first.keys,
-        **first.launch,
+        **first.options,
         num_stages=first.stages,
     )
     if splits > 1:
@@ -321,7 +321,7 @@ def fill_mass(
         **common,
         ROWS=second.rows,
         KEYS=second.keys,
-        **second.launch,
+        **second.options,
         num_stages=second.stages,
     )
 

@@ -14,8 +14,7 @@ from headfold.backends.triton.replay import replay
 from headfold.backends.triton.scores import fill_scores
 from headfold.backends.triton.select import Scratch, finish, keep
 from headfold.contract import compute_dtype
-from headfold.triton_tiles import Slab as Part
-from headfold.triton_tiles import SlabSelection, padded
+from headfold.triton_tiles import Part, SlabSelection, padded
 
 NEG_INF = float("-inf")
 
@@ -55,7 +54,7 @@ def index_topk(
     buffer = torch.empty(plan.elements, dtype=dtype, device=q.device)
     scratch = Scratch(plan.kept, q.device)
     call = Slab(q, weights, k, start, end, bias, offset, ratio, scale)
-    run = functools.partial(_fold, indices, scores, call, buffer, scratch, plan, relu=relu, in_order=in_order)
+    run = functools.partial(_fold, indices, scores, call, buffer, scratch, plan, relu=relu)
     if relu:  # else heads are folded first, into memory of their own
         key = plan, offset, ratio, scale.hex(), call.row("scores"), precision(k.dtype)
         replay(run, key, indices, scores, *call.tensors(), buffer, *scratch.tensors())
@@ -73,7 +72,6 @@ def _fold(
     plan: SlabSelection,
     *,
     relu: bool,
-    in_order: bool,
 ) -> None:
     """Write to indices and scores [b, sq, topk], which hold -1 and -inf."""
     b, sq, topk = indices.shape
@@ -85,7 +83,7 @@ def _fold(
         rows = (part.batch_end - part.batch) * (part.row_end - part.row)
         at = part.batch * sq + part.row
         if at != line or line - first + rows > plan.kept.rows:
-            _finish(every, first, line, buffer.dtype, scratch, in_order)
+            _finish(every, first, line, buffer.dtype, scratch)
             first = at
         slab = slab_of(buffer, part)
         few_start, few_end, few_bias = (rows_within(x, part) for x in (call.start, call.end, call.bias))
@@ -105,9 +103,9 @@ def _fold(
         )
         picked, best = rows_within(keys, part), rows_within(beside, part)
         bounds = few_start, few_end, moved, call.ratio
-        keep(slab, picked, best, *bounds, scratch, at - first, in_order=in_order)
+        keep(slab, picked, best, *bounds, scratch, at - first)
         line = at + rows
-    _finish(every, first, line, buffer.dtype, scratch, in_order)
+    _finish(every, first, line, buffer.dtype, scratch)
 
 
 @functools.lru_cache(maxsize=64)  # every layer and step asks for the same
@@ -115,13 +113,11 @@ def _slabs(plan: SlabSelection, b: int, sq: int, sk: int, offset: int | None, ra
     return tuple(plan.slabs(b, sq, functools.partial(limit, sk, offset, ratio)))
 
 
-def _finish(
-    every: list[Tensor | None], first: int, end: int, dtype: torch.dtype, scratch: Scratch, in_order: bool
-) -> None:
+def _finish(every: list[Tensor | None], first: int, end: int, dtype: torch.dtype, scratch: Scratch) -> None:
     """Write rows [first, end) of indices and scores [1, b · sq, topk], which are the first lines of the scratch."""
     indices, scores = (None if x is None else x[:, first:end] for x in every)
     if indices is not None:
-        finish(indices, scores, dtype, scratch, in_order=in_order)
+        finish(indices, scores, dtype, scratch)
 
 
 def limit(sk: int, offset: int | None, ratio: int, row: int) -> int:
