@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from headfold.lanes import compiling
 from headfold.lanes.record import FAIL, Lane
@@ -18,7 +21,7 @@ pytest.importorskip("triton", reason="Triton is not installed")
 from headfold.backends import triton
 from headfold.backends.triton.compiling import SHARED, Compiled, Specimen
 from headfold.backends.triton.score_specimens import KERNELS, specimens
-from headfold.backends.triton.table import rows_of
+from headfold.backends.triton.table import rows_of, tile
 
 ARCHS = ["sm_80", "sm_90", "sm_100", "gfx942"]
 SPECIMEN = Specimen("x", None, {}, {}, 4, 2)
@@ -31,12 +34,16 @@ import json
 from headfold.lanes.compiling import compiled
 print(json.dumps(compiled(("{arch}",), first={first}).to_json()))
 """
-    environment = {name: x for name, x in os.environ.items() if name != "TRITON_INTERPRET"}
+    lane: dict[str, Any] = json.loads(compiling_process(code))
+    return lane
+
+
+def compiling_process(code: str, **variables: str) -> str:
+    environment = {name: x for name, x in os.environ.items() if name != "TRITON_INTERPRET"} | variables
     command = [sys.executable, "-W", "ignore", "-c", code]
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     assert done.returncode == 0, done.stderr
-    lane: dict[str, Any] = json.loads(done.stdout)
-    return lane
+    return done.stdout
 
 
 def failed(lane: dict[str, Any]) -> list[tuple[str, str]]:
@@ -60,13 +67,15 @@ def test_every_row_of_the_table_compiles(arch: str) -> None:
 
 @pytest.mark.parametrize("arch", ARCHS)
 def test_every_row_of_the_table_has_a_specimen(arch: str) -> None:
-    found = list(specimens(arch))
+    had = set()
+    for specimen in specimens(arch):
+        said = re.fullmatch(r"(\w+) (\w+) h=(\d+) d=(\d+)", specimen.name)
+        if said and said[1] in KERNELS:
+            had.add((tile(said[1], arch, getattr(torch, said[2]), int(said[4]), int(said[3])), said[2]))
     for row in rows_of(arch):
         if row.kernel in KERNELS:
-            d, h = min(row.d, 256), min(row.h, 32, row.rows)
-            dtypes = {"half": ("bfloat16", "float16")}.get(row.dtype, (row.dtype,))
-            for dtype in dtypes:
-                assert f"{row.kernel} {dtype} h={h} d={d}" in {x.name for x in found}
+            for dtype in {"half": ("bfloat16", "float16")}.get(row.dtype, (row.dtype,)):
+                assert (row, dtype) in had
 
 
 @pytest.mark.parametrize(
@@ -76,12 +85,36 @@ def test_every_row_of_the_table_has_a_specimen(arch: str) -> None:
         (Compiled(255, 8, 50_000, {"wgmma.mma_async": 8}, 1.0), ["spills 8 bytes"]),
         (Compiled(128, 0, SHARED["sm_90"] + 1, {"wgmma.mma_async": 8}, 1.0), ["needs 232449 bytes of shared memory"]),
         (Compiled(128, 0, 50_000, {"mma.sync": 8}, 1.0), ["has no wgmma.mma_async"]),
+        (replace(FINE, serial=True), ["waits for each of its matrix instructions"]),
     ],
 )
 def test_a_breach_is_named(result: Compiled, said: list[str]) -> None:
     found = result.breaches(SPECIMEN, "sm_90")
     assert len(found) == len(said)
     assert all(x.startswith(y) for x, y in zip(found, said, strict=True))
+
+
+SKIPPABLE = """
+import json
+from headfold.backends.triton import backward
+from headfold.backends.triton.compiling import compile_specimen
+from headfold.backends.triton.score_specimens import specimens
+from {module} import {skippable} as end_of_loop
+backward.never_empty = end_of_loop
+one = next(x for x in specimens("sm_90") if x.name == "key_gradients bfloat16 h=32 d=128")
+print(json.dumps(compile_specimen(one, "sm_90").breaches(one, "sm_90")))
+"""
+
+
+def test_a_loop_that_may_be_skipped_is_found_where_it_takes_products_one_instruction_at_a_time(tmp_path: Path) -> None:
+    (tmp_path / "loops.py").write_text(
+        "import triton\n\n\n@triton.jit\ndef to_last(first, last):\n    return last\n", encoding="utf-8"
+    )
+    breaches = {}
+    for module, name in (("headfold.backends.triton.products", "never_empty"), ("loops", "to_last")):
+        said = compiling_process(SKIPPABLE.format(module=module, skippable=name), PYTHONPATH=str(tmp_path))
+        breaches[name] = json.loads(said)
+    assert breaches == {"never_empty": [], "to_last": ["waits for each of its matrix instructions before the next"]}
 
 
 def test_programs_a_core_are_bounded_by_registers_and_by_shared_memory() -> None:

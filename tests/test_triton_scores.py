@@ -16,7 +16,7 @@ from on_device import CASES, DEVICE, Case, drawn, there
 
 pytest.importorskip("triton", reason="Triton is not installed")
 from headfold.backends import eager, triton
-from headfold.backends.triton import launches, products
+from headfold.backends.triton import launches, products, table
 from headfold.backends.triton.launch import launch
 
 NEG_INF = float("-inf")
@@ -361,6 +361,28 @@ def test_auto_on_a_cpu_stays_eager() -> None:
     q, weights, k = (x.detach().cpu() for x in leaves(Case(5, 6, h=2, d=16)))
     assert torch.equal(index_scores(q, weights, k), index_scores(q, weights, k, impl="eager"))
     assert eager.index_scores is not triton.index_scores
+
+
+@pytest.mark.parametrize(("offset", "ratio"), [(None, 1), (-8, 1), (60, 1), (300, 4)])
+@pytest.mark.parametrize("h", [2, 33])
+def test_bounds_told_from_row_numbers_are_those_of_the_rows(h: int, offset: int | None, ratio: int) -> None:
+    inputs = leaves(Case(21, 130, h=h, d=16, visible="all"), torch.float32)
+    keys = KeyRange(None, None, offset, ratio)
+    g = torch.ones(1, 21, 130, device=DEVICE)
+
+    def run() -> list[Tensor]:
+        scores = index_scores(*inputs, keys=keys, impl="triton")
+        return [scores.detach(), *torch.autograd.grad(scores, inputs, g)]
+
+    arch = table.arch_of(DEVICE)
+    rows = [table.tile(kernel, arch, torch.float32, 16, h) for kernel in ("scores", "query_gradients")]
+    assert all(row.uniform for row in rows)
+    told = run()
+    with table.trying(rows[0]._replace(uniform=False)), table.trying(rows[1]._replace(uniform=False)):
+        reduced = run()
+    for x, y in zip(told, reduced, strict=True):
+        assert torch.equal(x, y)
+    assert (told[0] > NEG_INF).any()
 
 
 @pytest.mark.parametrize("visible", ["causal", "ragged", "all"])

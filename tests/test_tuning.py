@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from concurrent.futures import Future
 from typing import Any
 
 import pytest
@@ -10,7 +11,7 @@ import torch
 
 from headfold import backends, cli
 from headfold.lanes import tuning
-from headfold.lanes.record import FAIL, PASS, Lane
+from headfold.lanes.record import PASS, Lane
 from headfold.lanes.tuning import KERNELS, candidates, written
 
 pytest.importorskip("triton", reason="Triton is not installed")
@@ -22,7 +23,13 @@ NOW = Row("scores", "sm_90", "half", 128, ANY, 128, 64, 4, 2)
 
 
 def test_every_kernel_of_the_table_that_has_tiles_can_be_tuned() -> None:
-    assert set(KERNELS) == {row.kernel for row in TABLE} - {"fold", "compare", "attention_masked"}
+    assert set(KERNELS) == {row.kernel for row in TABLE} - {
+        "fold",
+        "compare",
+        "attention_masked",
+        "biased_scores",
+        "key_sums",
+    }
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
@@ -39,6 +46,13 @@ def test_candidates_begin_with_the_tables_own_and_are_few_and_different(kernel: 
         assert row.stages <= (4 if dtype == torch.bfloat16 else 2)
 
 
+def test_where_a_loop_takes_its_bounds_from_is_tried_both_ways() -> None:
+    for kernel in KERNELS:
+        now = tile(kernel, "sm_90", torch.bfloat16, 128, 32)
+        found = candidates(kernel, now, 32)
+        assert (now._replace(uniform=not now.uniform) in found) == (kernel in ("scores", "query_gradients"))
+
+
 def test_rows_of_heads_are_not_more_than_the_heads() -> None:
     now = tile("attention", "sm_90", torch.bfloat16, 128, 4)
     assert {row.rows for row in candidates("attention", now, 4)[1:]} == {16}
@@ -49,6 +63,7 @@ def test_a_row_is_written_as_the_table_has_it() -> None:
     said = written(NOW)
     assert said == 'Row("scores", "sm_90", "half", 128, ANY, 128, 64, 4, 2),'
     assert eval(said, {"Row": Row, "ANY": ANY}) == (NOW,)
+    assert written(NOW._replace(uniform=False)).endswith(", 4, 2, None, False),")
 
 
 def test_the_most_registers_are_part_of_a_row_and_of_its_launch() -> None:
@@ -72,27 +87,90 @@ def test_registers_for_one_more_program_are_asked_for_where_shared_memory_has_ro
     assert Compiled(216, 0, 83456, {}, 0.0).registers_for_one_more(specimen, "sm_90") is None
 
 
+def search() -> tuning.Search:
+    return tuning.Search("sm_90", "bfloat16", 32, 128, CUDA)
+
+
 def test_a_candidate_is_tried_again_with_so_few_registers(monkeypatch: pytest.MonkeyPatch) -> None:
-    tried: list[tuple[int, int | None]] = []
+    from headfold.backends.triton import compiling
+    from headfold.backends.triton.compiling import Compiled
 
-    def compiled(candidate: Row, *_: Any) -> tuple[dict[str, Any], int | None]:
-        tried.append((candidate.rows, candidate.registers))
-        return {"verdict": PASS}, 80 if candidate.rows == 128 else None
+    launched: list[int | None] = []
+    monkeypatch.setattr(tuning.Search, "_launch", lambda _, tile: launched.append(tile.registers))
+    monkeypatch.setattr(
+        compiling, "compile_specimen", lambda x, _: Compiled(x.registers or 216, 8 * (x.registers == 80), 40_000, {}, 0)
+    )
+    sizes = {"rows": 128, "keys": 64, "warps": 4, "stages": 2, "uniform": "yes"}
+    assert search().compiled(NOW) == [
+        (NOW, {**sizes, "registers": 216, "shared": 40_000}),
+        (
+            NOW._replace(registers=168),
+            {**sizes, "cap": 168, "registers": 168, "shared": 40_000},
+        ),
+    ]
+    assert launched == [None, 168]
+    ((_, row),) = search().compiled(NOW._replace(registers=80))
+    assert (row["verdict"], row["note"]) == ("", "spills 8 bytes")
+    assert launched == [None, 168]
 
-    def timed(candidate: Row, *_: Any) -> dict[str, Any]:
-        return {"seconds": 1.0 if candidate.registers else 2.0, "verdict": PASS}
 
-    monkeypatch.setattr(tuning, "_compiled", compiled)
-    monkeypatch.setattr(tuning, "_timed", timed)
-    monkeypatch.setattr(tuning, "_inputs", lambda *_: None)
+def test_a_candidate_that_does_not_launch_is_not_timed_and_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    from headfold.backends.triton import compiling
+    from headfold.backends.triton.compiling import Compiled
+
+    def fail(*_: Any) -> None:
+        raise RuntimeError("out of resource\nand more")
+
+    monkeypatch.setattr(tuning.Search, "_launch", fail)
+    monkeypatch.setattr(compiling, "compile_specimen", lambda *_: Compiled(64, 0, 40_000, {}, 0))
+    ((_, row),) = search().compiled(NOW)
+    assert (row["verdict"], row["note"]) == ("", "RuntimeError: out of resource")
+
+
+class AtOnce:
+    """A pool that does each job where it is given."""
+
+    def __init__(self, workers: int, mp_context: object) -> None:
+        assert workers == 3
+
+    def __enter__(self) -> AtOnce:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def submit(self, job: Any, candidate: Row) -> Future[Any]:
+        done: Future[Any] = Future()
+        done.set_result(job(candidate))
+        return done
+
+
+def test_what_compiled_is_timed_and_the_fastest_row_is_printed(monkeypatch: pytest.MonkeyPatch) -> None:
+    def compiled(_: tuning.Search, tile: Row) -> list[tuple[Row, dict[str, Any]]]:
+        sizes = {"rows": tile.rows, "keys": 64, "warps": 4, "stages": 2, "uniform": "no"}
+        if tile.rows == 256:
+            return [(tile, {**sizes, "verdict": "", "note": "spills 8 bytes"})]
+        return [(tile, sizes), (tile._replace(registers=80), {**sizes, "cap": 80})]
+
+    def timed(_: tuning.Search, tile: Row, row: dict[str, Any], call: object) -> dict[str, Any]:
+        assert call == "call"
+        return {**row, "seconds": 1.0 if tile.registers else 2.0, "verdict": PASS}
+
+    monkeypatch.setattr(tuning, "ProcessPoolExecutor", AtOnce)
+    monkeypatch.setattr(tuning.Search, "compiled", compiled)
+    monkeypatch.setattr(tuning.Search, "timed", timed)
+    monkeypatch.setattr(tuning.Search, "inputs", lambda *_: None)
     monkeypatch.setattr(tuning, "candidates", lambda *_: [NOW, NOW._replace(rows=256)])
     monkeypatch.setattr(backends, "load", lambda _: type("Kernels", (), {"INTERPRETED": False}))
     monkeypatch.setattr(table, "arch_of", lambda _: "sm_90")
-    monkeypatch.setitem(tuning.KERNELS, "scores", tuning.Kernel((128,), (64,), lambda *_: lambda: None))
-    lane = tuning.tune("scores", CUDA, dtype="bfloat16", heads=32, dim=128)
-    assert tried == [(128, None), (128, 80), (256, None)]
-    assert [row.get("cap") for row in lane.rows] == [80, None, None]
-    assert lane.notes[0].endswith('Row("scores", "sm_90", "half", 128, ANY, 128, 64, 4, 2, 80),')
+    monkeypatch.setitem(tuning.KERNELS, "scores", tuning.Kernel((128,), (64,), lambda *_: "call"))  # type: ignore[arg-type]
+    lane = tuning.tune("scores", CUDA, dtype="bfloat16", heads=32, dim=128, workers=3)
+    assert [(row["rows"], row.get("cap"), row.get("times")) for row in lane.rows] == [
+        (128, 80, 0.5),
+        (128, None, 1.0),
+        (256, None, None),
+    ]
+    assert lane.notes[0].endswith("128, 64, 4, 2, 80, False),")
 
 
 def ranked(*seconds: float | None) -> Lane:
@@ -120,37 +198,29 @@ def test_where_nothing_ran_the_lane_fails() -> None:
     assert not lane.passed
 
 
-def test_a_candidate_that_does_not_compile_or_fit_is_named_and_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
-    def never(*_: Any) -> Any:
-        raise AssertionError("timed")
-
-    monkeypatch.setattr(tuning, "_timed", never)
-    arguments: tuple[Any, ...] = ("sm_90", "bfloat16", 32, 128, CUDA)
-    monkeypatch.setattr(tuning, "_compiled", lambda *_: ({"verdict": FAIL, "note": "spills 8 bytes"}, 96))
-    row, cap = tuning._row(NOW, never, *arguments)
-    assert (row["note"], cap) == ("spills 8 bytes", None)
-
-    def broken(*_: Any) -> Any:
-        raise RuntimeError("no such layout\nand more")
-
-    monkeypatch.setattr(tuning, "_compiled", broken)
-    row, _ = tuning._row(NOW, never, *arguments)
-    assert (row["note"], row["verdict"]) == ("RuntimeError: no such layout", "")
-
-
 def test_a_candidate_is_the_tables_first_row_while_it_is_timed(monkeypatch: pytest.MonkeyPatch) -> None:
     from contextlib import nullcontext
 
     import triton.testing
 
     seen: list[Row] = []
-    candidate = NOW._replace(rows=256)
+    before = tile("scores", "sm_90", torch.bfloat16, 128, 32)
+    candidate = before._replace(rows=64)
     monkeypatch.setattr(triton.testing, "do_bench", lambda call, quantiles: [3.0, 2.0, 4.0])
     monkeypatch.setattr(torch.cuda, "device", lambda _: nullcontext())
-    row = tuning._timed(candidate, lambda: seen.append(tile("scores", "sm_90", torch.bfloat16, 128, 32)), CUDA)
+    row = search().timed(candidate, {}, lambda: seen.append(tile("scores", "sm_90", torch.bfloat16, 128, 32)))
     assert seen == [candidate]
-    assert tile("scores", "sm_90", torch.bfloat16, 128, 32) == NOW
-    assert (row["seconds"], row["low"], row["high"]) == (0.003, 0.002, 0.004)
+    assert tile("scores", "sm_90", torch.bfloat16, 128, 32) == before != candidate
+    assert row == {"seconds": 0.003, "low": 0.002, "high": 0.004, "verdict": PASS}
+
+    def fail() -> None:
+        raise RuntimeError("no memory\nand more")
+
+    assert search().timed(candidate, {"rows": 256}, fail) == {
+        "rows": 256,
+        "verdict": "",
+        "note": "RuntimeError: no memory",
+    }
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
@@ -158,9 +228,8 @@ def test_every_kernel_has_a_specimen_and_a_call_that_runs(kernel: str, monkeypat
     kernels = backends.load("triton")
     if not kernels.INTERPRETED:
         pytest.skip("on a GPU the command itself runs them")
-    for name, size in (("ROWS", 4), ("KEYS", 20), ("TOPK", 5)):
-        monkeypatch.setattr(tuning, name, size)
-    inputs = tuning._inputs(torch.device("cpu"), "float32", 2, 16)
+    monkeypatch.setattr(tuning, "TOPK", 5)
+    inputs = tuning.Search("cpu", "float32", 2, 16, torch.device("cpu")).inputs(4, 20)
     KERNELS[kernel].call(kernels, inputs)()
     specimen = tuning.specimen_of(tile(kernel, "sm_90", torch.bfloat16, 128, 32), "bfloat16", 32, 128)
     assert specimen.name.startswith(kernel)

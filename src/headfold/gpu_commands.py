@@ -43,12 +43,15 @@ def tune(
     dtype: Annotated[str, typer.Option(help="float16, bfloat16, float32 or float64.")] = "bfloat16",
     heads: Annotated[int, typer.Option(min=1, help="Heads of the indexer, or of the attention.")] = 32,
     dim: Annotated[int, typer.Option(min=1, help="Width of a head.")] = 128,
+    workers: Annotated[
+        int | None, typer.Option(min=1, help="Processes that compile at once; by the CPUs when not given.")
+    ] = None,
     device: Device = "cuda",
     as_json: Json = False,
 ) -> None:
     """Search the tiles of one kernel on the GPU at hand, and print the row that the table of tiles should have."""
-    where = _gpu(device)
-    finish([tuning.tune(kernel, where, dtype=dtype, heads=heads, dim=dim, track=track_of(as_json))], as_json)
+    where, track = _gpu(device), track_of(as_json)
+    finish([tuning.tune(kernel, where, dtype=dtype, heads=heads, dim=dim, workers=workers, track=track)], as_json)
 
 
 def _gpu(name: str) -> torch.device:

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import product
+from multiprocessing import get_context
 from typing import TYPE_CHECKING, Any
 from unittest import mock
 
@@ -23,6 +27,7 @@ COLUMNS = (
     Column("keys", "keys", "number"),
     Column("warps", "warps", "number"),
     Column("stages", "stages", "number"),
+    Column("uniform", "uniform bounds"),
     Column("cap", "registers at most", "number"),
     Column("registers", "registers a thread", "number"),
     Column("shared", "shared memory", "bytes"),
@@ -35,13 +40,17 @@ COLUMNS = (
 )
 DTYPES = ("float16", "bfloat16", "float32", "float64")
 # What is timed: enough rows and keys to fill a device, topk picks of each row where a kernel gathers.
-ROWS, KEYS, TOPK = 4096, 4096, 1024
+ROWS, KEYS, TOPK = 8192, 8192, 1024
+# What is launched to have it compiled, rows and keys, and by how many processes at most.
+FEW, WORKERS = 1024, 8
 WARPS = 4, 8
 # Stages of a pipelined loop. Operands of four bytes and more leave room in shared memory for few.
 STAGES = {"half": (2, 3, 4), "float32": (1, 2), "float64": (1, 2)}
 # Results of one product that a warp may hold: fewer do not pay, more do not fit registers.
 FEWEST, MOST = 128, 4096
 NARROWEST = 16  # rows and keys of a matrix instruction
+# Width of a head with values of its own at most, and channels of a wider one that are of positions and no values.
+WIDEST, POSITIONS = 256, 64
 
 
 @dataclass(frozen=True)
@@ -50,7 +59,7 @@ class Kernel:
 
     rows, keys: candidates.   call: runs it, given the package of kernels and the inputs.   of_heads: whether rows are
     heads of one query row, so that more than there are would be the same tile.   beside: what else the call runs, at
-    the table's own tiles.
+    the table's own tiles.   bounded: whether the row says where its loop's bounds come from.
     """
 
     rows: tuple[int, ...]
@@ -58,6 +67,7 @@ class Kernel:
     call: Callable[[Any, Inputs], Callable[[], Any]]
     of_heads: bool = False
     beside: str = ""
+    bounded: bool = False
 
 
 def candidates(kernel: str, now: Tile, heads: int) -> list[Tile]:
@@ -70,10 +80,21 @@ def candidates(kernel: str, now: Tile, heads: int) -> list[Tile]:
     rows = [r for r in chosen.rows if not chosen.of_heads or r <= most]
     grid = product(rows, chosen.keys, WARPS, STAGES.get(now.dtype, STAGES["half"]))
     found = [now._replace(rows=r, keys=k, warps=w, stages=s) for r, k, w, s in grid]
+    if chosen.bounded:
+        found.insert(0, now._replace(uniform=not now.uniform))
     return [now, *(x for x in found if x != now and FEWEST <= x.rows * x.keys // x.warps <= MOST)]
 
 
-def tune(kernel: str, device: torch.device, *, dtype: str, heads: int, dim: int, track: Track[Any] = no_track) -> Lane:
+def tune(
+    kernel: str,
+    device: torch.device,
+    *,
+    dtype: str,
+    heads: int,
+    dim: int,
+    workers: int | None = None,
+    track: Track[Any] = no_track,
+) -> Lane:
     """Search the tiles of a kernel for one shape of call, and say which row the table should have.
 
     A candidate has to compile without a spill and within the chip's shared memory before it is timed; times are the
@@ -86,7 +107,9 @@ def tune(kernel: str, device: torch.device, *, dtype: str, heads: int, dim: int,
         dtype: of the inputs.
         heads: of the indexer, or of the attention, where all share one key head.
         dim: width of a head of either.
-        track: wraps the list of candidates, for a progress bar.
+        workers: processes that compile candidates at once; None for half the CPU's cores, and no more than 8. They
+            are gone before anything is timed.
+        track: wraps what is compiled, and then what is timed, for a progress bar.
 
     Raises: UnsupportedError without Triton; ValueError for an unknown kernel or dtype.
     """
@@ -102,19 +125,108 @@ def tune(kernel: str, device: torch.device, *, dtype: str, heads: int, dim: int,
     arch = arch_of(device)
     now = tile(kernel, arch, getattr(torch, dtype), dim, heads)
     lane = Lane("tune", f"Which tile is fastest for {kernel}, {dtype}, h={heads}, d={dim} on {arch}?", COLUMNS)
-    call = KERNELS[kernel].call(kernels, _inputs(device, dtype, heads, dim))
-    for candidate in track(candidates(kernel, now, heads), f"tune {kernel}"):
-        row, cap = _row(candidate, call, arch, dtype, heads, dim, device)
-        lane.rows.append(row)
-        if cap is not None:
-            row, _ = _row(candidate._replace(registers=cap), call, arch, dtype, heads, dim, device)
-            lane.rows.append(row)
+    search = Search(arch, dtype, heads, dim, device)
+    at_once = workers or max(1, min(WORKERS, (os.cpu_count() or 2) // 2))
+    tried: list[tuple[Tile, Row]] = []
+    with ProcessPoolExecutor(at_once, mp_context=get_context("spawn")) as pool:
+        jobs = [pool.submit(search.compiled, candidate) for candidate in candidates(kernel, now, heads)]
+        for job in track(jobs, f"compile {kernel}"):
+            tried += job.result()
+    call = KERNELS[kernel].call(kernels, search.inputs(ROWS, KEYS))
+    for candidate, row in track(tried, f"time {kernel}"):
+        lane.rows.append(row if "verdict" in row else search.timed(candidate, row, call))
     _rank(lane, now, arch)
     lane.notes.append(
         f"Timed at b=1, {ROWS} rows, {KEYS} keys, topk {TOPK}"
         + (f"; the call also runs {KERNELS[kernel].beside}." if KERNELS[kernel].beside else ".")
     )
     return lane
+
+
+@dataclass(frozen=True)
+class Search:
+    """The shape of call that tiles are tried for; sent to the processes that compile them."""
+
+    arch: str
+    dtype: str
+    heads: int
+    dim: int
+    device: torch.device
+
+    def inputs(self, rows: int, keys: int) -> Inputs:
+        """Return operands of so many rows and keys of one batch element."""
+        sizes = {"b": 1, "sq": rows, "sk": keys, "topk": TOPK, "heads": self.heads, "key_heads": 1}
+        dtype = getattr(torch, self.dtype)
+        made = make_inputs(self.device, dtype, h=self.heads, d=self.dim, hn=self.dim, **sizes)
+        # A selection has no duplicates: what is picked twice takes a slower way.
+        order = torch.rand(1, rows, keys, device=self.device).argsort(-1)[..., :TOPK]
+        return made._replace(indices=order.to(torch.int32))
+
+    def compiled(self, candidate: Tile) -> list[tuple[Tile, Row]]:
+        """Return what became of a tile, and of the same with fewer registers where one more program would fit then.
+
+        What can be timed has been launched once, so that Triton's cache holds it, and has no verdict yet.
+        """
+        row, fewer = self._judged(candidate)
+        found = [(candidate, row)]
+        if fewer is not None:
+            capped = candidate._replace(registers=fewer)
+            found.append((capped, self._judged(capped)[0]))
+        return found
+
+    def _judged(self, candidate: Tile) -> tuple[Row, int | None]:
+        from headfold.backends.triton import compiling
+
+        row: Row = {name: getattr(candidate, name) for name in ("rows", "keys", "warps", "stages")}
+        if KERNELS[candidate.kernel].bounded:
+            row["uniform"] = "yes" if candidate.uniform else "no"
+        if candidate.registers is not None:
+            row["cap"] = candidate.registers
+        specimen = specimen_of(candidate, self.dtype, self.heads, self.dim)
+        try:
+            found = compiling.compile_specimen(specimen, self.arch)
+            row |= {"registers": found.registers, "shared": found.shared}
+            breaches = [x for x in found.breaches(specimen, self.arch) if not x.startswith("has no ")]
+            if breaches:
+                return {**row, "verdict": "", "note": "; ".join(breaches)}, None
+            self._launch(candidate)
+        except Exception as error:  # noqa: BLE001 - a compiler or launch raises any type; this tile's row names it, and the next is tried
+            return {**row, "verdict": "", "note": _named(error)}, None
+        capped = compiling.TARGETS[self.arch].backend == "cuda"  # elsewhere the compiler takes no such limit
+        return row, found.registers_for_one_more(specimen, self.arch) if capped else None
+
+    def _launch(self, candidate: Tile) -> None:
+        call = KERNELS[candidate.kernel].call(backends.load("triton"), self.inputs(FEW, FEW))
+        with _in_use(candidate, self.device):
+            call()
+            torch.cuda.synchronize(self.device)
+
+    def timed(self, candidate: Tile, row: Row, call: Callable[[], Any]) -> Row:
+        """Return a tile's row with what a call took; one that does not run is an answer, not a broken contract."""
+        from triton.testing import do_bench
+
+        try:
+            with _in_use(candidate, self.device):
+                call()
+                median, low, high = (x / 1e3 for x in do_bench(call, quantiles=[0.5, 0.2, 0.8]))
+        except Exception as error:  # noqa: BLE001 - as above
+            return {**row, "verdict": "", "note": _named(error)}
+        return {**row, "seconds": median, "low": low, "high": high, "verdict": PASS}
+
+
+@contextmanager
+def _in_use(candidate: Tile, device: torch.device) -> Iterator[None]:
+    """Put a tile before the table, and its kernels before what the rules would choose."""
+    from headfold.backends.triton import table
+
+    masked = mock.patch.object(scatter_tiles, "masks_keys", return_value=False)
+    dense = mock.patch.object(scatter_tiles, "meets_every_key", return_value=False)
+    with table.trying(candidate), masked, dense, torch.cuda.device(device), torch.no_grad():
+        yield
+
+
+def _named(error: Exception) -> str:
+    return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
 
 
 def _rank(lane: Lane, now: Tile, arch: str) -> None:
@@ -131,7 +243,7 @@ def _rank(lane: Lane, now: Tile, arch: str) -> None:
             if "seconds" in row:
                 row["times"] = row["seconds"] / first["seconds"]
     sizes = {name: best[name] for name in ("rows", "keys", "warps", "stages")}
-    chosen = now._replace(arch=arch, **sizes, registers=best.get("cap"))
+    chosen = now._replace(arch=arch, **sizes, registers=best.get("cap"), uniform=best.get("uniform") != "no")
     said = "The table's own is the fastest" if best is first else "The table's new row, before the one it has"
     lane.notes.append(f"{said}: {written(chosen)}")
 
@@ -143,47 +255,12 @@ def written(row: Tile) -> str:
     def one(value: Any) -> str:
         return "ANY" if value == ANY else f'"{value}"' if isinstance(value, str) else str(value)
 
-    return f"Row({', '.join(map(one, row if row.registers else row[:-1]))}),"
-
-
-def _row(
-    candidate: Tile,
-    call: Callable[[], Any],
-    arch: str,
-    dtype: str,
-    heads: int,
-    dim: int,
-    device: torch.device,
-) -> tuple[Row, int | None]:
-    """Return what a candidate took, and with how many registers at most one more program of it would fit a core."""
-    cap = None
-    row: Row = {name: getattr(candidate, name) for name in ("rows", "keys", "warps", "stages")}
-    if candidate.registers is not None:
-        row["cap"] = candidate.registers
-    try:
-        compiled, fewer = _compiled(candidate, arch, dtype, heads, dim)
-        row |= compiled
-        if row["verdict"] != FAIL:
-            row |= _timed(candidate, call, device)
-            cap = fewer
-    except Exception as error:  # noqa: BLE001 - a compiler or launch raises any type; this tile's row names it, and the next is tried
-        row |= {"verdict": FAIL, "note": f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"}
-    if row["verdict"] == FAIL:  # a tile that does not fit is an answer, not a broken contract
-        row["verdict"] = ""
-    return row, cap
-
-
-def _compiled(candidate: Tile, arch: str, dtype: str, heads: int, dim: int) -> tuple[Row, int | None]:
-    """Compile for the chip, and judge spills and shared memory; and as `_row`."""
-    from headfold.backends.triton import compiling
-
-    specimen = specimen_of(candidate, dtype, heads, dim)
-    found = compiling.compile_specimen(specimen, arch)
-    breaches = [x for x in found.breaches(specimen, arch) if not x.startswith("has no ")]
-    row: Row = {"registers": found.registers, "shared": found.shared, "note": "; ".join(breaches)}
-    capped = compiling.TARGETS[arch].backend == "cuda"  # elsewhere the compiler takes no such limit
-    fewer = found.registers_for_one_more(specimen, arch) if capped else None
-    return {**row, "verdict": FAIL if breaches else PASS}, fewer
+    given = row._asdict()
+    for name, default in reversed(row._field_defaults.items()):
+        if given[name] != default:
+            break
+        del given[name]
+    return f"Row({', '.join(map(one, given.values()))}),"
 
 
 def specimen_of(candidate: Tile, dtype: str, heads: int, dim: int) -> Any:
@@ -195,28 +272,6 @@ def specimen_of(candidate: Tile, dtype: str, heads: int, dim: int) -> Any:
     if candidate.kernel in loss_specimens.KERNELS:
         return loss_specimens.teacher_specimen(candidate, dtype, dim)
     return gathered_specimens.gathered_specimen(candidate, getattr(torch, dtype), h=heads, d=dim)
-
-
-def _timed(candidate: Tile, call: Callable[[], Any], device: torch.device) -> Row:
-    from triton.testing import do_bench
-
-    from headfold.backends.triton import table
-
-    # Its kernels are timed, whatever the rules would choose.
-    masked = mock.patch.object(scatter_tiles, "masks_keys", return_value=False)
-    dense = mock.patch.object(scatter_tiles, "meets_every_key", return_value=False)
-    with table.trying(candidate), masked, dense, torch.cuda.device(device), torch.no_grad():
-        call()
-        median, low, high = (x / 1e3 for x in do_bench(call, quantiles=[0.5, 0.2, 0.8]))
-    return {"seconds": median, "low": low, "high": high, "verdict": PASS}
-
-
-def _inputs(device: torch.device, dtype: str, heads: int, dim: int) -> Inputs:
-    sizes = {"b": 1, "sq": ROWS, "sk": KEYS, "topk": TOPK, "heads": heads, "key_heads": 1}
-    made = make_inputs(device, getattr(torch, dtype), h=heads, d=dim, hn=dim, **sizes)
-    # A selection has no duplicates: what is picked twice takes a slower way.
-    order = torch.rand(1, ROWS, KEYS, device=device).argsort(-1)[..., :TOPK]
-    return made._replace(indices=order.to(torch.int32))
 
 
 EVERY_KEY: tuple[Any, ...] = (None, None, None, None, 1, True, 1.0)  # start, end, bias, offset, ratio, relu, scale
@@ -246,10 +301,12 @@ def _selected(needs: tuple[bool, bool, bool] | None) -> Callable[[Any, Inputs], 
 def _attended(needs: tuple[bool, bool, bool, bool] | None) -> Callable[[Any, Inputs], Callable[[], Any]]:
     def call(kernels: Any, x: Inputs) -> Callable[[], Any]:
         width = x.value.shape[-1]
-        arguments = x.query, x.key, x.value, None, x.indices, None, None, None, 1, width**-0.5, width, True
+        # Absorbed latent attention: values are the first channels of the keys.
+        value, v_dim = (None, width - POSITIONS) if width > WIDEST else (x.value, width)
+        arguments = x.query, x.key, value, None, x.indices, None, None, None, 1, width**-0.5, v_dim, True
         if needs is None:
             return lambda: kernels.sparse_attention(*arguments, False)
-        g = torch.ones_like(x.query)
+        g = torch.ones_like(x.query[..., :v_dim])
         return lambda: kernels.sparse_attention_backward(g, *arguments, needs)
 
     return call
@@ -271,8 +328,8 @@ def _taught(_: Any, x: Inputs) -> Callable[[], Any]:
 SETTLING = "what settles the picks"
 SCATTER = f"{SETTLING} and adds up the gradients of their keys"
 KERNELS = {
-    "scores": Kernel((64, 128, 256), (32, 64, 128), _scored(None)),
-    "query_gradients": Kernel((32, 64, 128), (32, 64, 128), _scored((True, True, False))),
+    "scores": Kernel((64, 128, 256), (32, 64, 128), _scored(None), bounded=True),
+    "query_gradients": Kernel((32, 64, 128), (32, 64, 128), _scored((True, True, False)), bounded=True),
     "key_gradients": Kernel((32, 64, 128), (32, 64, 128), _scored((False, False, True))),
     "selected_scores": Kernel((16, 32, 64), (32, 64, 128), _selected(None), of_heads=True),
     "selected_rows": Kernel((16, 32, 64), (32, 64, 128), _selected((True, True, False)), of_heads=True),

@@ -61,7 +61,7 @@ def sparse_attention(
     if b * sq == 0:
         return out, lse
     walk, values = _forward_tile(query, key, indices), key if value is None else value
-    tile = cut("attention", query, key, values)
+    tile = cut("attention", query, key, value)
     picks, sink = Picks(walk, query), None if sink is None else sink.contiguous()
     grid_heads = key.shape[2] * triton.cdiv(heads // key.shape[2], tile["BH"])
     for rows in blocks(b * sq, walk.block):

@@ -114,7 +114,7 @@ class _Backward:
 
         self.walk, self.query, self.key, self.scale, self.v_dim = walk, query, key, scale, v_dim
         self.sink = None if sink is None else sink.contiguous()
-        self.values, self.shared = (key, True) if value is None else (value, False)
+        self.value, self.values, self.shared = value, key if value is None else value, value is None
         self.picks = Picks(walk, query)
         self.top, self.share, self.mean = (empty(walk.block, heads) for _ in range(3))
         self.reach = torch.empty(walk.block, heads, dtype=torch.float32, device=query.device) if ranged else None
@@ -132,7 +132,7 @@ class _Backward:
 
     def rows(self, dq: Tensor | None, g: Tensor, rows: tuple[int, int]) -> None:
         """Make what each row needs, and its dq."""
-        key_heads, tile = self.key.shape[2], cut("attention_rows", self.query, self.key, self.values)
+        key_heads, tile = self.key.shape[2], cut("attention_rows", self.query, self.key, self.value)
         grid = rows[1] - rows[0], key_heads * triton.cdiv(self.query.shape[2] // key_heads, tile["BH"])
         launch(
             row_gradients, grid,
@@ -183,7 +183,7 @@ class _Backward:
         self, scatter: Scatter, dk: Tensor | None, through_values: Tensor | None, g: Tensor, rows: tuple[int, int]
     ) -> None:
         walk, key_heads, heads = self.walk, self.key.shape[2], self.query.shape[2]
-        tile = cut("attention_keys", self.query, self.key, self.values)
+        tile = cut("attention_keys", self.query, self.key, self.value)
         group, dim = heads // key_heads, self.query.shape[3]
         constants = {"H": heads, "GROUP": group, "D": dim, "V": self.v_dim, **self.streamed}
         scatter.rank(self.picks, rows[1] - rows[0])

@@ -34,12 +34,12 @@ def channel_blocks(width: int) -> dict[str, int]:
     return {"S": size, "N": first // size, "R": rest, "P": first // size + (rest > 0)}
 
 
-def cut(kernel: str, query: Tensor, *gathered: Tensor) -> dict[str, int]:
-    """Return tile and launch of a kernel, as its constants.   gathered: keys, and what else has their rows."""
-    group, arch = query.shape[2] // gathered[0].shape[2], arch_of(query.device)
-    row = tile(kernel, arch, query.dtype, query.shape[3], group)
+def cut(kernel: str, query: Tensor, key: Tensor, value: Tensor | None) -> dict[str, int]:
+    """Return tile and launch of a kernel, as its constants.   value: None where keys hold the values."""
+    group, arch = query.shape[2] // key.shape[2], arch_of(query.device)
+    row = tile(kernel if value is None else f"apart_{kernel}", arch, query.dtype, query.shape[3], group)
     heads, keys = min(row.rows, max(NARROWEST, triton.next_power_of_2(group))), row.keys
-    if arch == "sm_90" and query.dtype.itemsize == 2 and not all(map(is_aligned, gathered)):
+    if arch == "sm_90" and query.dtype.itemsize == 2 and not all(is_aligned(x) for x in (key, value) if x is not None):
         keys = min(keys, UNALIGNED)
     return {"BH": heads, "BN": keys, "STAGES": row.stages, **row.options}
 

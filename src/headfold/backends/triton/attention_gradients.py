@@ -20,7 +20,7 @@ from headfold.backends.triton.attention_parts import (
     zeros,
 )
 from headfold.backends.triton.operands import factor, meet, power_of_two, rounded, some_channels
-from headfold.backends.triton.products import product
+from headfold.backends.triton.products import never_empty, product
 
 
 @triton.jit
@@ -303,10 +303,12 @@ def masked_gradients(
         acc = zeros(BN, VS, VN, VR, ACC, False)
     else:
         acc = zeros(BN, DS, DN, DR, ACC, False)
-    for n in tl.range(first // step * blocks_of_heads, tl.cdiv(last, step) * blocks_of_heads, num_stages=STAGES):
+    begin_at = first // step * blocks_of_heads
+    end_at = never_empty(begin_at, tl.cdiv(last, step) * blocks_of_heads)
+    for n in tl.range(begin_at, end_at, num_stages=STAGES):
         rows = (n // blocks_of_heads * step + each // HEADS).to(tl.int64)
         within = (n % blocks_of_heads) * HEADS + each % HEADS
-        inside = (rows < count) & (within < GROUP)
+        inside = (rows < last) & (within < GROUP)
         heads = within.to(tl.int64)
         q = channels(query, rows * q_row + heads * q_head, inside, q_step, DS, DN, DR, D)
         dout = channels(g, rows * g_row + heads * g_head, inside, g_step, VS, VN, VR, V)

@@ -8,8 +8,16 @@ products, in the accumulator's dtype: it also equals q · u, but of a that was r
 import triton
 import triton.language as tl
 
-from headfold.backends.triton.products import add_product, load_rows, load_tile, number, product, tile_places
-from headfold.backends.triton.visible import row_bounds
+from headfold.backends.triton.products import (
+    add_product,
+    load_rows,
+    load_tile,
+    never_empty,
+    number,
+    product,
+    tile_places,
+)
+from headfold.backends.triton.visible import row_bounds, seen_by_any
 
 
 @triton.jit
@@ -74,6 +82,7 @@ def query_gradients(
     KEYS: tl.constexpr,
     STAGES: tl.constexpr,
     EVEN: tl.constexpr,
+    UNIFORM: tl.constexpr,
     PRECISION: tl.constexpr,
     WIDE: tl.constexpr,
     ACC: tl.constexpr,
@@ -83,7 +92,7 @@ def query_gradients(
 
     Without RELU there is one head, a is g, and no logits are made: dq is then Σ_t g · k alone.
     WIDE multiplies a in the accumulator's dtype: float16 has no range for gradients.   EVEN: every tile of
-    keys is full, and `is_near`.
+    keys is full, and `is_near`.   UNIFORM: see `seen_by_any`.
     """
     block = tl.num_programs(0) - 1 - tl.program_id(0)
     batch = tl.program_id(1).to(tl.int64)
@@ -94,8 +103,10 @@ def query_gradients(
     row = block * ROWS + tl.arange(0, ROWS)
     inside = row < sq
     low, high = row_bounds(row, inside, sk, start, end, start_row, end_row, offset, RATIO, HAS_OFFSET)
-    first_key = tl.min(low, 0) // KEYS * KEYS
-    last_key = tl.max(high, 0)
+    first_key, last_key = seen_by_any(
+        low, high, block * ROWS, tl.minimum(block * ROWS + ROWS, sq), sk, start, end, offset, RATIO, HAS_OFFSET, UNIFORM
+    )
+    first_key = first_key // KEYS * KEYS
 
     each = tl.arange(0, ROWS * HEADS)
     query_row = (block * ROWS + each // HEADS).to(tl.int64)
@@ -135,11 +146,13 @@ def query_gradients(
             if SECOND > 0:
                 k2 = load_rows(there, t < sk, k_channel, FIRST, SECOND, D - FIRST)
         seen = (t[None, :] >= low[:, None]) & (t[None, :] < high[:, None])
-        a = _gated(incoming, seen, bias, bias_key, t.to(tl.int64)[None, :], g_key).to(ACC)[:, None, :]
         if RELU:
             logits = product(q1, tl.trans(k1), tl.zeros((ROWS * HEADS, KEYS), ACC), PRECISION, ACC, UPCAST)
             if SECOND > 0:
                 logits = product(q2, tl.trans(k2), logits, PRECISION, ACC, UPCAST)
+        # Behind the product, g takes no registers while that runs.
+        a = _gated(incoming, seen, bias, bias_key, t.to(tl.int64)[None, :], g_key).to(ACC)[:, None, :]
+        if RELU:
             logits = tl.reshape(logits, (ROWS, HEADS, KEYS))
             a = tl.where(logits <= 0, 0.0, a)
             if dweights is not None:
@@ -192,11 +205,12 @@ def _key_sums(
     head = (each % HEADS).to(tl.int64)
     step = tl.arange(0, ROWS)
     key_of = t.to(tl.int64)[:, None]
-    for first in tl.range(first_row, last_row, ROWS, num_stages=STAGES):
+    behind = never_empty(first_row, last_row)
+    for first in tl.range(first_row, behind, ROWS, num_stages=STAGES):
         row = first + step
-        inside = row < sq
+        inside = row < last_row
         query_row = (first + each // HEADS).to(tl.int64)
-        real = (query_row < sq) & (head < H)
+        real = (query_row < last_row) & (head < H)
         if broken is not None:
             whole = tl.load(broken + row, mask=inside, other=0) == 0
             real = real & (tl.load(broken + query_row, mask=real, other=0) == 0)
@@ -230,9 +244,9 @@ def _key_sums(
             if SECOND > 0:
                 q2 = q2.to(ACC)
         a = a.to(q1.dtype)
-        sum1 = add_product(a, q1, sum1, first < last_row, PRECISION, ACC, UPCAST)
+        sum1 = add_product(a, q1, sum1, first < behind, PRECISION, ACC, UPCAST)
         if SECOND > 0:
-            sum2 = add_product(a, q2, sum2, first < last_row, PRECISION, ACC, UPCAST)
+            sum2 = add_product(a, q2, sum2, first < behind, PRECISION, ACC, UPCAST)
     return sum1, sum2
 
 

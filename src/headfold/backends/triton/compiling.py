@@ -31,6 +31,8 @@ MATRIX = {
     "sm_100": ("tcgen05.mma", "mma.sync"),
     "gfx942": ("v_mfma",),
 }
+# Rows of a product that the latest matrix instructions want; smaller tiles use earlier ones.
+WIDE_PRODUCT = 64
 VERSION = triton.__version__
 ALIGNED = [["tt.divisibility", 16]]
 
@@ -59,13 +61,17 @@ class Specimen:
 
 @dataclass(frozen=True)
 class Compiled:
-    """What the compiler made: registers a thread, spilled bytes, shared bytes, and counts of matrix instructions."""
+    """What the compiler made: registers a thread, spilled bytes, shared bytes, and counts of matrix instructions.
+
+    serial: whether the assembler lets no two of a product's asynchronous matrix instructions overlap.
+    """
 
     registers: int
     spilled: int
     shared: int
     matrix: dict[str, int]
     seconds: float
+    serial: bool = False
 
     def breaches(self, specimen: Specimen, arch: str) -> list[str]:
         """Return what is wrong with it, each in a few words."""
@@ -77,6 +83,8 @@ class Compiled:
         accepted = MATRIX[arch] if specimen.narrow else MATRIX[arch][:1]
         if specimen.matrix and not any(name in self.matrix for name in accepted):
             found.append(f"has no {accepted[0]}")
+        if self.serial:
+            found.append("waits for each of its matrix instructions before the next")
         return found
 
     def programs_per_core(self, specimen: Specimen, arch: str) -> int:
@@ -120,11 +128,19 @@ def _inspect(kernel: Any, arch: str, seconds: float) -> Compiled:
     if arch == "gfx942":
         assembly = kernel.asm["amdgcn"]
         registers, spilled = _field(assembly, r"\.vgpr_count"), _field(assembly, r"\.vgpr_spill_count")
+        serial = False
     else:
         assembly = kernel.asm["ptx"]
         registers, spilled = _usage(kernel.asm["cubin"])
+        serial = "wgmma.mma_async" in assembly and _is_serial(assembly, _cuobjdump(kernel.asm["cubin"], "--dump-sass"))
     counts = {name: len(re.findall(r"\b" + re.escape(name), assembly)) for name in MATRIX[arch]}
-    return Compiled(registers, spilled, shared, {name: n for name, n in counts.items() if n}, seconds)
+    return Compiled(registers, spilled, shared, {name: n for name, n in counts.items() if n}, seconds, serial)
+
+
+def _is_serial(ptx: str, sass: str) -> bool:
+    """Whether instructions that were to be in flight together wait for one another: each is opened on its own then."""
+    asked = ptx.count("wgmma.fence") < ptx.count("wgmma.mma_async")
+    return asked and sass.count("WARPGROUP.ARRIVE") >= sass.count("HGMMA")
 
 
 def _field(assembly: str, name: str) -> int:
@@ -136,14 +152,17 @@ def _field(assembly: str, name: str) -> int:
 
 def _usage(cubin: bytes) -> tuple[int, int]:
     """Return registers and spilled bytes (stack and local memory) of a cubin."""
-    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        command = [str(tool), "--dump-resource-usage", file.name]
-        said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    said = _cuobjdump(cubin, "--dump-resource-usage")
     found = re.search(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", said)
     if found is None:
         raise RuntimeError(f"cuobjdump said nothing of registers: {said!r}")
     registers, stack, local = map(int, found.groups())
     return registers, stack + local
+
+
+def _cuobjdump(cubin: bytes, what: str) -> str:
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        return subprocess.run([str(tool), what, file.name], capture_output=True, text=True, check=True).stdout

@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 
 from headfold.backends.triton.products import load_rows, load_tile, number, product, tile_places
-from headfold.backends.triton.visible import row_bounds
+from headfold.backends.triton.visible import row_bounds, seen_by_all, seen_by_any
 
 
 @triton.jit
@@ -71,6 +71,7 @@ def score_slab(
     KEYS: tl.constexpr,
     STAGES: tl.constexpr,
     WHOLE: tl.constexpr,
+    UNIFORM: tl.constexpr,
     PRECISION: tl.constexpr,
     ACC: tl.constexpr,
     UPCAST: tl.constexpr,
@@ -82,6 +83,7 @@ def score_slab(
     Logits are [KEYS, ROWS * HEADS]: with keys as the rows of the product, a sum over heads stays within four threads.
     The queries stay in shared memory for all keys of the program.   WHOLE: tiles of keys that
     every row sees are read without asking which keys and rows those are; there is no bias then, and `is_near`.
+    UNIFORM: see `seen_by_any`.
     """
     # Under a causal bound the last rows see most keys: they start first.
     block = tl.num_programs(0) - 1 - tl.program_id(0)
@@ -96,8 +98,11 @@ def score_slab(
     low, high = row_bounds(row, inside, sk, start, end, start_row, end_row, offset, RATIO, HAS_OFFSET)
     first_key = tl.program_id(2) * per_program
     last_key = tl.minimum(first_key + per_program, sk)
-    seen_first = tl.minimum(tl.maximum(tl.min(low, 0) // KEYS * KEYS, first_key), last_key)
-    seen_last = tl.minimum(tl.max(high, 0), last_key)
+    first, last = seen_by_any(
+        low, high, block * ROWS, tl.minimum(block * ROWS + ROWS, sq), sk, start, end, offset, RATIO, HAS_OFFSET, UNIFORM
+    )
+    seen_first = tl.minimum(tl.maximum(first // KEYS * KEYS, first_key), last_key)
+    seen_last = tl.minimum(last, last_key)
     after = tl.maximum(seen_first, tl.cdiv(tl.maximum(seen_last, 0), KEYS) * KEYS)
 
     step = tl.arange(0, KEYS)
@@ -133,8 +138,9 @@ def score_slab(
     whole_first = seen_first
     whole_last = seen_first
     if WHOLE:
-        first = tl.cdiv(tl.maximum(tl.max(tl.where(inside, low, 0), 0), seen_first), KEYS) * KEYS
-        last = tl.minimum(tl.min(tl.where(inside, high, sk), 0), seen_last) // KEYS * KEYS
+        first, last = seen_by_all(low, high, inside, block * ROWS, sk, start, end, offset, RATIO, HAS_OFFSET, UNIFORM)
+        first = tl.cdiv(tl.maximum(first, seen_first), KEYS) * KEYS
+        last = tl.minimum(last, seen_last) // KEYS * KEYS
         if first < last:
             whole_first = first
             whole_last = last

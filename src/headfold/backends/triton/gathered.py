@@ -181,7 +181,7 @@ def _dense_key_gradients(
                 queries = folded[:, : rows[1] - rows[0]]
                 launch_fold(queries, slab.q, slab.weights)
                 slab = slab.folded(queries)
-            for first, end_head in slab.groups("key_gradients"):
+            for first, end_head in slab.groups("key_sums"):
                 launch_key_sums(
                     sums, dscores, slab.heads(first, end_head), relu=tile.relu, add=True, broken=every.broken
                 )

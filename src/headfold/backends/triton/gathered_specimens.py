@@ -18,10 +18,10 @@ from headfold.backends.triton import (
     picks,
 )
 from headfold.backends.triton.attention_cuts import channel_blocks
-from headfold.backends.triton.compiling import Specimen
+from headfold.backends.triton.compiling import WIDE_PRODUCT, Specimen
 from headfold.backends.triton.operands import streamed
 from headfold.backends.triton.products import NARROWEST, pieces
-from headfold.backends.triton.table import KINDS, Row, rows_of
+from headfold.backends.triton.table import KINDS, Row, rows_of, tile
 
 # Integers that no call promises to be multiples of 16.
 ANY_VALUE = "sq sk topk words offset first_row first_pick last_pick span group count rows total_head".split()
@@ -38,8 +38,8 @@ KERNELS: dict[str, Any] = {
 POINTERS = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32", torch.float64: "fp64"}
 # Heads that a row of the table stands for where it takes any.
 MOST = 128
-# Rows of a product that the latest matrix instructions want; smaller tiles use earlier ones.
-WIDE_PRODUCT = 64
+# Widths of the keys of absorbed latent attention, and of those of their channels that are the values.
+ABSORBED, LATENT = 576, 512
 
 
 def specimens(arch: str) -> Iterator[Specimen]:
@@ -48,18 +48,24 @@ def specimens(arch: str) -> Iterator[Specimen]:
     for row in rows_of(arch):
         if row.kernel in KERNELS:
             for dtype in KINDS:
-                if row.takes(dtype):
-                    yield gathered_specimen(row, dtype)
-                    if row.kernel == "attention_masked":
-                        yield gathered_specimen(row, dtype, values=True)
+                h = min(row.h, MOST)
+                if not row.takes(dtype) or tile(row.kernel, arch, dtype, row.d, h) is not row:
+                    continue
+                yield gathered_specimen(row, dtype)
+                if row.kernel == "attention_masked":
+                    yield gathered_specimen(row, dtype, values=True)
+                elif row.d == ABSORBED and dtype.itemsize == 2:
+                    own = tile(f"apart_{row.kernel}", arch, dtype, row.d, h)
+                    yield gathered_specimen(own._replace(kernel=row.kernel), dtype, apart=True)
 
 
 def gathered_specimen(
-    row: Row, dtype: torch.dtype, *, h: int = 0, d: int = 0, v: int = 0, values: bool = False
+    row: Row, dtype: torch.dtype, *, h: int = 0, d: int = 0, values: bool = False, apart: bool = False
 ) -> Specimen:
-    """Return a kernel with the tile of a row; h, d, v: heads (of one key head) and widths, the row's own when 0.
+    """Return a kernel with the tile of a row; h, d: heads (of one key head) and their width, the row's own when 0.
 
-    values: whether gradients of values are meant, where those are a kernel of their own.
+    values: whether gradients of values are meant, where those are a kernel of their own.   apart: whether the values
+    of absorbed latent attention are a tensor of their own, as wide as the keys, and not the first channels of those.
     """
     h, d = h or min(row.h, MOST), d or row.d
     attends = row.kernel.startswith("attention")
@@ -75,7 +81,7 @@ def gathered_specimen(
         "RANGED": dtype == torch.float16,
     }
     if attends:
-        constants |= _attention_constants(row, dtype, h, d, v or (512 if d == 576 else d))
+        constants |= _attention_constants(row, dtype, h, d, shared=d == ABSORBED and not apart)
         if values:
             constants["VALUES"] = True
     else:
@@ -98,7 +104,8 @@ def gathered_specimen(
             pointers[scale] = "fp32"
         else:
             constants[scale] = None
-    label = f"{row.kernel} {str(dtype).removeprefix('torch.')} h={h} d={d}{' values' if values else ''}"
+    kind = " values" if values else " apart" if apart else ""
+    label = f"{row.kernel} {str(dtype).removeprefix('torch.')} h={h} d={d}{kind}"
     matrix = dtype.itemsize == 2
     narrow = row.keys < WIDE_PRODUCT
     sizes = row.warps, row.stages
@@ -106,8 +113,9 @@ def gathered_specimen(
     return replace(found, registers=row.registers)
 
 
-def _attention_constants(row: Row, dtype: torch.dtype, h: int, d: int, v: int) -> dict[str, Any]:
-    keys, values, shared = channel_blocks(d), channel_blocks(v), d == 576
+def _attention_constants(row: Row, dtype: torch.dtype, h: int, d: int, *, shared: bool) -> dict[str, Any]:
+    v = LATENT if shared else d
+    keys, values = channel_blocks(d), channel_blocks(v)
     named = {f"D{n}": x for n, x in keys.items()} | {f"V{n}": x for n, x in values.items()}
     constants: dict[str, Any] = {**named, "H": h, "GROUP": h, "D": d, "V": v, "SIZE": streamed(max(d, v)), "sink": None}
     constants |= {

@@ -67,10 +67,9 @@ class Slab(NamedTuple):
 
     def row(self, kernel: str) -> Row:
         """Return the tile of a kernel on this slab."""
-        h = self.q.shape[2]
         if kernel == "scores" and self.bias is not None:
-            h = min(h, 16)  # a bias takes registers, as the larger tiles of few heads do
-        return tile(kernel, arch_of(self.q.device), self.q.dtype, self.q.shape[3], h)
+            kernel = "biased_scores"
+        return tile(kernel, arch_of(self.q.device), self.q.dtype, self.q.shape[3], self.q.shape[2])
 
     def groups(self, kernel: str) -> list[tuple[int, int]]:
         """Return the (first, end) heads of each launch: no more than the rows of the kernel's tile."""
@@ -146,7 +145,7 @@ def launch_scores(out: Tensor, slab: Slab, *, relu: bool, add: bool = False) -> 
     grid = rows, b, cdiv(sk, per_program)
     whole = slab.bias is None and constants["ROWS"] <= WHOLE_ROWS and is_near(slab.k, row.keys)
     arguments = *slab.arguments(), per_program, slab.scale, *strides
-    launch(score_slab, grid, out, *arguments, ADD=add, WHOLE=whole, **constants)
+    launch(score_slab, grid, out, *arguments, ADD=add, WHOLE=whole, UNIFORM=row.uniform, **constants)
 
 
 def launch_query_gradients(dq: Tensor | None, dweights: Tensor | None, g: Tensor, slab: Slab, *, relu: bool) -> None:
@@ -160,7 +159,8 @@ def launch_query_gradients(dq: Tensor | None, dweights: Tensor | None, g: Tensor
     strides = *strides_of(dq, 4), *strides_of(dweights, 3), *g.stride(), *slab.strides()
     grid = cdiv(sq, constants["ROWS"]), b
     arguments = *slab.arguments(), slab.scale, *strides
-    launch(query_gradients, grid, dq, dweights, g, *arguments, WIDE=slab.wide, EVEN=even, **constants)
+    more = {"WIDE": slab.wide, "EVEN": even, "UNIFORM": row.uniform}
+    launch(query_gradients, grid, dq, dweights, g, *arguments, **more, **constants)
 
 
 def launch_key_gradients(dk: Tensor, g: Tensor, slab: Slab, *, relu: bool, add: bool, parts: int) -> None:
@@ -183,7 +183,7 @@ def launch_key_sums(
 
     broken: int32 [1 + rows], see `key_gradients`.
     """
-    row = slab.row("key_gradients")
+    row = slab.row("key_gradients" if broken is None else "key_sums")
     constants = {**slab.constants(row, relu), "ADD": add, "SCAN": _SCAN, "WIDE": slab.wide}
     strides = *sums.stride(), *g.stride(), *slab.strides()
     parts, b, sk, _ = sums.shape

@@ -58,6 +58,18 @@ def add_product(a, b, total, some, PRECISION: tl.constexpr, ACC: tl.constexpr, U
 
 
 @triton.jit
+def never_empty(first, last):
+    """Return the end of a loop from `first` that runs to `last`, and once where that is not behind it.
+
+    What a product sums over a loop that may be skipped has two origins, its zeros and the loop: on sm_90 the assembler
+    then lets no two instructions of a product overlap. The body has to leave rows from `last` on out.
+    """
+    end = tl.maximum(last, first + 1)
+    tl.assume(first < end)
+    return end
+
+
+@triton.jit
 def number(x, ACC: tl.constexpr, UPCAST: tl.constexpr):
     """Return a float64 argument in ACC; the interpreter passes Python's own number, which has every dtype."""
     if UPCAST:

@@ -8,47 +8,75 @@ from typing import Any
 import torch
 
 from headfold.backends.triton.backward import key_gradients, query_gradients
-from headfold.backends.triton.compiling import Specimen
+from headfold.backends.triton.compiling import WIDE_PRODUCT, Specimen
 from headfold.backends.triton.folding import fold_heads, unfold_heads
 from headfold.backends.triton.forward import score_slab
 from headfold.backends.triton.launches import WHOLE_ROWS, constants_of
 from headfold.backends.triton.products import ACCUMULATORS
-from headfold.backends.triton.table import ANY, Row, rows_of
+from headfold.backends.triton.table import Row, rows_of, tile
 
-KERNELS: dict[str, Any] = {"scores": score_slab, "query_gradients": query_gradients, "key_gradients": key_gradients}
-DTYPES = {"half": ("bfloat16", "float16"), "float32": ("float32",), "float64": ("float64",)}
+KERNELS: dict[str, Any] = {
+    "scores": score_slab,
+    "biased_scores": score_slab,
+    "query_gradients": query_gradients,
+    "key_gradients": key_gradients,
+    "key_sums": key_gradients,
+}
+DTYPES = {"half": ("bfloat16", "float16")} | {x: (x,) for x in ("bfloat16", "float16", "float32", "float64")}
 POINTERS = {"bfloat16": "*bf16:16", "float16": "*fp16:16", "float32": "*fp32:16", "float64": "*fp64:16"}
 WIDEST = 256
-HEADS = 32
+# Numbers of heads of a row's specimen: the first that has the row.
+HEADS = (32, 16, 8, 4, 2, 1, 64, 128)
 # The innermost strides, which are 1 in every layout.
 DENSE = ("out_key", "q_channel", "k_channel", "dq_channel", "dk_channel", "weights_head", "dweights_head", "g_key")
 
 
 def specimens(arch: str) -> Iterator[Specimen]:
     """Yield the score kernels' specimens of an architecture; those of h=32, d=128 in bfloat16 come first."""
-    rows = [row for row in rows_of(arch) if row.kernel in KERNELS]
-    rows.sort(key=lambda row: (row.dtype != "half", row.d != 128, row.h != ANY))
-    first = [row for row in rows if (row.dtype, row.d, row.h) == ("half", 128, ANY)]
-    yield from (score_specimen(row, "bfloat16", HEADS, 128) for row in first)
-    for row in rows:
-        for dtype in DTYPES[row.dtype]:
-            if row in first and dtype == "bfloat16":
-                continue
-            yield score_specimen(row, dtype, min(row.h, HEADS, row.rows), min(row.d, WIDEST))
-    for row in rows:
-        if row in first:
-            yield score_specimen(row, "bfloat16", HEADS, 80, ranged=True, biased=row.kernel != "scores")
-            yield score_specimen(row, "bfloat16", min(128, row.rows), 128)
-            yield from (score_specimen(row, "bfloat16", 1, 128) for _ in range(row.kernel != "scores"))
-        if (row.kernel, row.dtype, row.d, row.h) == ("scores", "half", 128, 16):
-            yield score_specimen(row, "bfloat16", 4, 128)
-            yield score_specimen(row, "bfloat16", HEADS, 80, ranged=True, biased=True)
-        if row.kernel == "key_gradients":
-            for dtype in DTYPES[row.dtype]:
-                yield score_specimen(row, dtype, min(row.h, HEADS, row.rows), min(row.d, WIDEST), marked=True)
+    rows = {kernel: [row for row in rows_of(arch) if row.kernel == kernel] for kernel in KERNELS}
+    yielded = set()
+    for found in (_usual(arch, rows), _others(arch)):
+        for specimen in found:
+            if specimen.name not in yielded:
+                yielded.add(specimen.name)
+                yield specimen
     for row in rows_of(arch):
         if row.kernel == "fold":
             yield from _fold_specimens(row)
+
+
+def _usual(arch: str, rows: dict[str, list[Row]]) -> Iterator[Specimen]:
+    """Specimens of h=32, d=128 in bfloat16, and of every row at its widest d."""
+    yield from (_called(arch, kernel, "bfloat16", 32, 128) for kernel in ("scores", "query_gradients", "key_gradients"))
+    for kernel, own in rows.items():
+        for row in own:
+            d = min(row.d, WIDEST)
+            for dtype in DTYPES[row.dtype]:
+                h = next(h for h in HEADS if h <= row.rows and tile(kernel, arch, getattr(torch, dtype), d, h) is row)
+                yield score_specimen(row, dtype, h, d, marked=kernel == "key_sums", biased=kernel == "biased_scores")
+                if kernel == "key_gradients":
+                    yield _called(arch, "key_sums", dtype, h, d)
+
+
+def _others(arch: str) -> Iterator[Specimen]:
+    """Specimens of other widths and heads, with ranges and a bias, each at the row that such a call has."""
+    yield _called(arch, "scores", "bfloat16", 4, 128)
+    yield _called(arch, "scores", "bfloat16", 32, 80, ranged=True)
+    yield _called(arch, "biased_scores", "bfloat16", 4, 128)
+    yield _called(arch, "biased_scores", "bfloat16", 32, 80, ranged=True)
+    for kernel in ("query_gradients", "key_gradients"):
+        yield _called(arch, kernel, "bfloat16", 32, 80, ranged=True, biased=True)
+        yield from (_called(arch, kernel, dtype, 1, 128) for dtype in DTYPES["half"])
+    for kernel in KERNELS:
+        yield _called(arch, kernel, "bfloat16", 128, 128)
+
+
+def _called(
+    arch: str, kernel: str, dtype: str, h: int, d: int, *, ranged: bool = False, biased: bool = False
+) -> Specimen:
+    row = tile(kernel, arch, getattr(torch, dtype), d, h)
+    biased |= kernel == "biased_scores"
+    return score_specimen(row, dtype, min(h, row.rows), d, ranged=ranged, biased=biased, marked=kernel == "key_sums")
 
 
 def score_specimen(
@@ -60,7 +88,7 @@ def score_specimen(
     """
     kernel = KERNELS[row.kernel]
     compute = torch.float64 if dtype == "float64" else torch.float32
-    half = dtype == "float16"
+    half, two_bytes = dtype == "float16", dtype in DTYPES["half"]
     # What a launch passes, so that what is compiled here is what runs.
     launched = constants_of(row, 1, True, True, h, d, "tf32" if half else "ieee", compute, False)
     constants: dict[str, Any] = {
@@ -69,8 +97,9 @@ def score_specimen(
         "ADD": marked,
         "SCAN": 256,
         "WIDE": half,
-        "WHOLE": row.dtype == "half" and not biased and launched["ROWS"] <= WHOLE_ROWS,
-        "EVEN": row.dtype == "half" and not ranged and launched["ROWS"] <= WHOLE_ROWS,
+        "UNIFORM": row.uniform,
+        "WHOLE": two_bytes and not biased and launched["ROWS"] <= WHOLE_ROWS,
+        "EVEN": two_bytes and not ranged and launched["ROWS"] <= WHOLE_ROWS,
     }
     types = {"scale": "fp64", "sq": "i32", "sk": "i32", "offset": "i32", "per_program": "i32"}
     types |= dict.fromkeys(("q", "k", "weights", "dq", "dweights", "dk"), POINTERS[dtype])
@@ -85,18 +114,20 @@ def score_specimen(
     absent += [] if marked else ["broken"]
     hidden = [name for name in kernel.arg_names if name.split("_")[0] in absent]
     constants |= {name: None if name in absent else 0 for name in hidden}
+    name = {score_slab: "biased_scores" if biased else "scores", query_gradients: "query_gradients"}.get(
+        kernel, "key_sums" if marked else "key_gradients"
+    )
     label = (
-        f"{row.kernel} {dtype} h={h} d={d}"
+        f"{name} {dtype} h={h} d={d}"
         + (" ranged" if ranged else "")
-        + (" biased" if biased else "")
-        + (" marked" if marked else "")
+        + (" biased" if biased and kernel is not score_slab else "")
     )
     # Exact float32 and float64 products have no use for tensor cores, or hardly any.
-    return _specimen(label, kernel, types, constants, row, matrix=row.dtype == "half")
+    return _specimen(label, kernel, types, constants, row, matrix=two_bytes)
 
 
 def _fold_specimens(row: Row) -> Iterator[Specimen]:
-    shape = {"H": HEADS, "D": 128, "WIDTH": 128, "ROWS": row.rows, "ACC": ACCUMULATORS[torch.float32]}
+    shape = {"H": 32, "D": 128, "WIDTH": 128, "ROWS": row.rows, "ACC": ACCUMULATORS[torch.float32]}
     pointers = dict.fromkeys(("q", "weights", "dq", "dweights"), POINTERS["bfloat16"])
     pointers |= {"out": POINTERS["float32"], "u": POINTERS["float32"], "sq": "i32"}
     for kernel in (fold_heads, unfold_heads):
@@ -108,6 +139,8 @@ def _specimen(
     label: str, kernel: Any, types: dict[str, str], constants: dict[str, Any], row: Row, *, matrix: bool
 ) -> Specimen:
     names = kernel.arg_names
+    # Keys are the long side of products but of those of resident queries.
+    narrow = (row.rows if kernel is query_gradients else row.keys) < WIDE_PRODUCT
     constants = {name: value for name, value in constants.items() if name in names}
     taken = {name: types.get(name, "i32:16") for name in names if name not in constants}
-    return Specimen(label, kernel, taken, constants, row.warps, max(1, row.stages), matrix, registers=row.registers)
+    return Specimen(label, kernel, taken, constants, row.warps, max(1, row.stages), matrix, narrow, row.registers)

@@ -7,6 +7,7 @@ h heads. What it says:
     keys             keys of the tile
     warps, stages    of the launch
     registers        of a thread, at most; None leaves them to the compiler
+    uniform          whether `visible.seen_by_any` may tell a loop's bounds from row numbers alone
 """
 
 from __future__ import annotations
@@ -21,6 +22,13 @@ import torch
 from headfold.contract import UnsupportedError
 
 ANY = 1 << 30
+# Calls that have the rows of another kernel too, the first of either: a bias, rows to leave out, and values that are a
+# tensor of their own take registers or shared memory.
+SHARED = {
+    "biased_scores": "scores",
+    "key_sums": "key_gradients",
+    **{f"apart_{kernel}": kernel for kernel in ("attention", "attention_rows", "attention_keys")},
+}
 KINDS = {torch.float16: "half", torch.bfloat16: "half", torch.float32: "float32", torch.float64: "float64"}
 
 
@@ -37,6 +45,7 @@ class Row(NamedTuple):
     warps: int
     stages: int
     registers: int | None = None
+    uniform: bool = True
 
     @property
     def options(self) -> dict[str, int]:
@@ -55,7 +64,7 @@ class Row(NamedTuple):
 # Read off the compile lane: no spills, shared memory within the chip, tensor cores in use (docs/kernels.md). The first
 # row that covers a call is its row.
 TABLE = (
-    # kernel, arch, dtype, d, h, rows, keys, warps, stages, registers
+    # kernel, arch, dtype, d, h, rows, keys, warps, stages, registers, uniform
     # The interpreter's: few steps of Python.
     Row("scores", "cpu", "*", 256, ANY, 128, 64, 4, 1),
     Row("query_gradients", "cpu", "*", 256, ANY, 128, 64, 4, 1),
@@ -76,13 +85,28 @@ TABLE = (
     Row("key_gradients", "sm_80", "half", 128, ANY, 64, 64, 8, 2),
     Row("key_gradients", "sm_80", "half", 256, ANY, 32, 64, 8, 2),
     Row("scores", "sm_90", "half", 128, 2, 64, 64, 4, 2),
-    Row("scores", "sm_90", "half", 128, 16, 128, 64, 4, 2),
-    Row("scores", "sm_90", "half", 128, ANY, 128, 64, 4, 2),
-    Row("scores", "sm_90", "half", 256, ANY, 128, 64, 4, 2),
-    Row("query_gradients", "sm_90", "half", 128, ANY, 64, 64, 4, 4),
-    Row("query_gradients", "sm_90", "half", 256, ANY, 64, 64, 8, 2),
-    Row("key_gradients", "sm_90", "half", 128, ANY, 64, 64, 4, 4),
-    Row("key_gradients", "sm_90", "half", 256, ANY, 32, 64, 8, 2),
+    Row("biased_scores", "sm_90", "half", 256, 1, 32, 64, 4, 2),
+    Row("biased_scores", "sm_90", "half", 256, 4, 64, 64, 4, 2),
+    Row("biased_scores", "sm_90", "half", 256, ANY, 128, 64, 4, 2),
+    Row("scores", "sm_90", "half", 64, ANY, 128, 64, 4, 3),
+    Row("scores", "sm_90", "half", 128, 8, 128, 64, 4, 3),
+    Row("scores", "sm_90", "half", 128, 16, 256, 64, 8, 2),
+    Row("scores", "sm_90", "half", 128, 32, 128, 64, 4, 2, None, False),
+    Row("scores", "sm_90", "half", 128, ANY, 256, 64, 8, 3),
+    Row("scores", "sm_90", "half", 192, ANY, 128, 64, 4, 2, None, False),
+    Row("scores", "sm_90", "half", 256, ANY, 128, 64, 4, 3),
+    Row("query_gradients", "sm_90", "bfloat16", 128, 32, 64, 64, 4, 3),
+    Row("query_gradients", "sm_90", "bfloat16", 128, ANY, 64, 128, 4, 3),
+    Row("query_gradients", "sm_90", "bfloat16", 256, ANY, 64, 64, 4, 2),
+    Row("query_gradients", "sm_90", "float16", 128, ANY, 128, 64, 8, 3),
+    Row("query_gradients", "sm_90", "float16", 256, ANY, 128, 32, 8, 3),
+    Row("key_gradients", "sm_90", "bfloat16", 128, ANY, 64, 64, 4, 4),
+    Row("key_gradients", "sm_90", "float16", 128, ANY, 128, 32, 4, 2),
+    Row("key_sums", "sm_90", "half", 256, ANY, 32, 64, 8, 2),
+    Row("key_gradients", "sm_90", "bfloat16", 192, ANY, 64, 64, 4, 2),
+    Row("key_gradients", "sm_90", "bfloat16", 256, ANY, 64, 128, 8, 2),
+    Row("key_gradients", "sm_90", "float16", 256, ANY, 32, 128, 8, 3),
+    Row("biased_scores", "sm_100", "half", 128, ANY, 128, 64, 8, 2),
     Row("scores", "sm_100", "half", 128, 16, 128, 64, 8, 2),
     Row("scores", "sm_100", "half", 128, ANY, 256, 64, 8, 2),
     Row("scores", "sm_100", "half", 256, ANY, 128, 64, 8, 2),
@@ -113,18 +137,19 @@ TABLE = (
     Row("attention_keys", "sm_80", "half", 576, ANY, 128, 64, 8, 2),
     Row("attention_masked", "sm_80", "half", 128, ANY, 64, 64, 8, 2),
     Row("attention_masked", "sm_80", "half", 256, ANY, 64, 64, 8, 1),
-    Row("selected_scores", "sm_90", "half", 128, ANY, 64, 64, 4, 2),
+    Row("selected_scores", "sm_90", "half", 128, ANY, 32, 128, 4, 4),
     Row("selected_scores", "sm_90", "half", 256, ANY, 64, 64, 4, 2),
     Row("selected_rows", "sm_90", "half", 128, ANY, 64, 64, 4, 2),
     Row("selected_rows", "sm_90", "half", 256, ANY, 32, 64, 4, 2),
     Row("selected_keys", "sm_90", "half", 128, ANY, 64, 64, 4, 1),
     Row("selected_keys", "sm_90", "half", 256, ANY, 64, 64, 8, 1),
-    Row("attention", "sm_90", "half", 128, ANY, 32, 64, 4, 2),
-    Row("attention", "sm_90", "half", 256, ANY, 16, 64, 4, 2),
-    Row("attention_rows", "sm_90", "half", 128, ANY, 16, 64, 4, 2),
-    Row("attention_rows", "sm_90", "half", 256, ANY, 32, 64, 8, 2),
-    Row("attention", "sm_90", "half", 576, ANY, 32, 64, 8, 2),
-    Row("attention_rows", "sm_90", "half", 576, ANY, 16, 64, 8, 2),
+    Row("attention", "sm_90", "half", 128, 16, 32, 64, 4, 2),
+    Row("attention", "sm_90", "half", 128, ANY, 32, 64, 4, 3),
+    Row("attention", "sm_90", "half", 256, ANY, 16, 32, 4, 2),
+    Row("attention_rows", "sm_90", "half", 128, ANY, 32, 64, 4, 2),
+    Row("attention_rows", "sm_90", "half", 256, ANY, 16, 64, 4, 2),
+    Row("attention", "sm_90", "half", 576, ANY, 64, 32, 8, 2),
+    Row("attention_rows", "sm_90", "half", 576, ANY, 32, 16, 8, 1),
     Row("attention_keys", "sm_90", "half", 576, 16, 16, 64, 4, 2),
     Row("attention_keys", "sm_90", "bfloat16", 576, ANY, 128, 64, 8, 2),
     Row("attention_keys", "sm_90", "half", 576, ANY, 64, 64, 8, 2),
@@ -140,7 +165,9 @@ TABLE = (
     Row("attention", "sm_100", "half", 256, ANY, 16, 64, 4, 2),
     Row("attention_rows", "sm_100", "half", 128, ANY, 16, 64, 4, 1),
     Row("attention_rows", "sm_100", "half", 256, ANY, 16, 64, 8, 2),
+    Row("apart_attention", "sm_100", "half", 576, ANY, 16, 64, 8, 1),
     Row("attention", "sm_100", "half", 576, ANY, 32, 64, 8, 2),
+    Row("apart_attention_rows", "sm_100", "half", 576, ANY, 16, 32, 4, 1),
     Row("attention_rows", "sm_100", "half", 576, ANY, 16, 64, 8, 1),
     Row("attention_keys", "sm_100", "half", 576, 16, 16, 64, 4, 2),
     Row("attention_keys", "sm_100", "half", 576, ANY, 128, 64, 8, 1),
@@ -181,8 +208,7 @@ TABLE = (
     Row("query_gradients", "gfx942", "float32", 256, ANY, 16, 32, 4, 1),
     Row("query_gradients", "*", "float32", 256, ANY, 16, 32, 8, 1),
     Row("key_gradients", "*", "float32", 128, ANY, 32, 32, 4, 1),
-    Row("key_gradients", "gfx942", "float32", 256, ANY, 32, 16, 4, 1),
-    Row("key_gradients", "*", "float32", 256, ANY, 32, 16, 8, 1),
+    Row("key_gradients", "*", "float32", 256, ANY, 32, 16, 4, 1),
     Row("scores", "*", "float64", 256, ANY, 16, 16, 4, 1),
     Row("query_gradients", "*", "float64", 256, ANY, 16, 16, 4, 1),
     Row("key_gradients", "*", "float64", 256, ANY, 16, 16, 4, 1),
@@ -193,7 +219,7 @@ TABLE = (
     Row("teacher sums", "sm_80", "half", 128, ANY, 128, 64, 4, 3),
     Row("teacher sums", "sm_80", "half", 256, ANY, 64, 64, 4, 2),
     Row("teacher sums", "sm_80", "half", ANY, ANY, 64, 32, 4, 2),
-    Row("teacher sums", "sm_90", "half", 128, ANY, 128, 64, 4, 3),
+    Row("teacher sums", "sm_90", "half", 128, ANY, 128, 128, 8, 2),
     Row("teacher sums", "sm_90", "half", 192, ANY, 128, 64, 8, 3),
     Row("teacher sums", "sm_90", "half", 256, ANY, 128, 64, 8, 2),
     Row("teacher sums", "sm_90", "half", ANY, ANY, 64, 64, 4, 2),
@@ -210,6 +236,7 @@ TABLE = (
     Row("teacher mass", "sm_80", "half", 192, ANY, 64, 128, 8, 2),
     Row("teacher mass", "sm_80", "half", 256, ANY, 64, 64, 4, 2),
     Row("teacher mass", "sm_80", "half", ANY, ANY, 64, 32, 4, 2),
+    Row("teacher mass", "sm_90", "half", 128, ANY, 64, 128, 4, 2),
     Row("teacher mass", "sm_90", "half", 192, ANY, 128, 128, 8, 2),
     Row("teacher mass", "sm_90", "half", 256, ANY, 128, 64, 8, 2),
     Row("teacher mass", "sm_90", "half", ANY, ANY, 64, 32, 4, 2),
@@ -242,8 +269,10 @@ def rows_of(arch: str) -> list[Row]:
 @functools.cache  # a fold of many slabs asks for each
 def tile(kernel: str, arch: str, dtype: torch.dtype, d: int, h: int = 1) -> Row:
     """Return the row of a call.   arch: as `arch_of` names it."""
+    kernels = kernel, SHARED.get(kernel)
     for row in (*_TRIED, *TABLE):
-        if row.kernel == kernel and row.arch in (arch, "*") and row.takes(dtype) and d <= row.d and h <= row.h:
+        meant = row.kernel in kernels and row.arch in (arch, "*") and row.takes(dtype)
+        if meant and d <= row.d and h <= row.h:
             return row
     raise UnsupportedError(f'{kernel}: has no tile for {arch}, {KINDS[dtype]}, d={d}, h={h}. Use impl="eager".')
 

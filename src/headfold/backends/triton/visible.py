@@ -11,6 +11,12 @@ NO_OFFSET = 0
 
 
 @triton.jit
+def _causal_end(row, sk, offset, RATIO: tl.constexpr):
+    """Return behind which key rows see none, as int32 within [0, sk]."""
+    return tl.minimum(tl.maximum(row.to(tl.int64) + 1 + offset, 0) // RATIO, sk).to(tl.int32)
+
+
+@triton.jit
 def row_bounds(
     rows,
     inside,
@@ -35,11 +41,44 @@ def row_bounds(
     if end is not None:
         high = tl.minimum(tl.load(end + rows.to(tl.int64) * end_stride, mask=inside, other=0), sk)
     if HAS_OFFSET:
-        bound = tl.maximum(rows.to(tl.int64) + 1 + offset, 0) // RATIO
-        high = tl.minimum(high, tl.minimum(bound, sk).to(tl.int32))
+        high = tl.minimum(high, _causal_end(rows, sk, offset, RATIO))
     high = tl.where(inside, high, 0)
     low = tl.where(inside, low, sk)
     return low, tl.maximum(high, 0)
+
+
+@triton.jit
+def seen_by_any(
+    low, high, first_row, last_row, sk, start, end, offset,
+    RATIO: tl.constexpr, HAS_OFFSET: tl.constexpr, UNIFORM: tl.constexpr,
+):  # fmt: skip
+    """Return int32 scalars [first, last) that hold the keys of every one of rows [first_row, last_row), not none.
+
+    low, high: their `row_bounds`.   UNIFORM: told from row numbers alone where those bounds are no tensor's. A loop
+    between numbers that were reduced from a tile has its counters and addresses in the registers of every thread.
+    """
+    if start is not None or end is not None or not UNIFORM:
+        first = tl.min(low, 0)
+        last = tl.max(high, 0)
+    else:
+        first = sk * 0
+        last = _causal_end(last_row - 1, sk, offset, RATIO) if HAS_OFFSET else sk * 1
+    return first, last
+
+
+@triton.jit
+def seen_by_all(
+    low, high, inside, first_row, sk, start, end, offset,
+    RATIO: tl.constexpr, HAS_OFFSET: tl.constexpr, UNIFORM: tl.constexpr,
+):  # fmt: skip
+    """Return int32 scalars [first, last) of the keys that all rows that are inside see, as `seen_by_any`."""
+    if start is not None or end is not None or not UNIFORM:
+        first = tl.max(tl.where(inside, low, 0), 0)
+        last = tl.min(tl.where(inside, high, sk), 0)
+    else:
+        first = sk * 0
+        last = _causal_end(first_row, sk, offset, RATIO) if HAS_OFFSET else sk * 1
+    return first, last
 
 
 def bound_strides(x: Tensor | None) -> tuple[int, int]:
