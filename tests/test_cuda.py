@@ -12,6 +12,7 @@ from torch import Tensor
 
 from headfold import index_mask, index_scores, index_topk, indexer_loss, selected_scores, update_index_mask_
 from headfold.lanes.budget import spend_all
+from headfold.lanes.every_op import OPS, make_inputs
 from headfold.lanes.measure import allocator_peak
 from headfold.lanes.problem import Problem
 from headfold.lanes.residency import residency, selection_residency
@@ -90,6 +91,14 @@ def test_no_op_waits_for_the_device(dtype: torch.dtype) -> None:
         kept.backward(torch.ones_like(kept))
         mask = index_mask(indices, 3000)
         update_index_mask_(mask, indices[:, :50], first_row=20)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_the_widest_values_apart_from_their_keys_fit_the_device(dtype: torch.dtype) -> None:
+    inputs = make_inputs(DEVICE, dtype, b=1, sq=40, sk=130, topk=64, heads=32, key_heads=1, hn=576)
+    results = [OPS["sparse_attention"](inputs, impl) for impl in ("triton", "eager")]
+    for x, y in zip(*results, strict=True):
+        assert float((x.double() - y.double()).norm()) <= 0.01 * float(y.double().norm())
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)

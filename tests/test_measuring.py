@@ -114,6 +114,7 @@ def test_a_slow_call_has_fewer_runs_and_calls(monkeypatch: pytest.MonkeyPatch) -
     row = Row("group", "call", {"s": 1}, make)
     found = measured(row, CPU, 5.0)
     assert (found["runs"], found["calls"], len(taken)) == (7, 1, 9)
+    assert 60 <= found["host_ms"] <= found["slowest"]
     assert 1 <= measured(row, CPU, 0.4)["runs"] <= 4
     assert measured(row, CPU, 0.0)["runs"] == 1
     monkeypatch.setattr(rows, "BUDGET", 0.1)
@@ -190,7 +191,8 @@ def test_every_card_has_a_table_of_all_its_files_where_the_later_row_counts(tmp_
         facts("H100"),
         product,
         line("copy", "bytes=4", "uint8", ms=1.0, gb_per_s=3000.0),
-        line(scores, ms=8.0, tflops=400.0, products=1),
+        line(scores, ms=8.0, tflops=400.0, products=1, host_ms=0.2),
+        line("small call", ms=1.0, host_ms=0.9),
         line("index_topk 2, causal", ms=20.0),
         line("index_topk 2, causal, captured", ms=9.0),
         line("index_scores, materialized, forward", out_of_memory=1 << 37),
@@ -213,6 +215,8 @@ def test_every_card_has_a_table_of_all_its_files_where_the_later_row_counts(tmp_
     assert cells["index_topk 2, causal"][at["of the product's"]] == "25%"  # of its own day's product
     assert cells["index_topk 2, causal, captured"][at["note"]] == "12% on top of scoring"
     assert cells["copy"][at["note"]] == "3.00 TB/s read and written"
+    assert cells["small call"][at["note"]] == "the host takes 0.9 ms to launch it"
+    assert cells[scores][at["note"]] == ""
     assert cells["index_scores, materialized, forward"][at["note"]] == "out of memory, asked for 128 GiB"
     assert cells["slow peer"][at["note"]] == "took more than 40 s"
     assert cells["other peer"][at["note"]] == "not installed"

@@ -128,8 +128,18 @@ def _peers() -> list[Row]:
 
 
 def _dtypes() -> list[Row]:
-    shape = {"b": 1, "s": 4096, "h": 32, "d": 128}
+    """Return scores in other dtypes and at the widest d; gradients where they run on tensor cores."""
+    makes = {"forward": calls.forward, "backward": calls.backward}
+    exact = [("forward", dtype, 128) for dtype in ("float32", "float64")]
+    half = [(way, dtype, d) for dtype, d in (("float16", 128), ("float16", 256), ("bfloat16", 256)) for way in makes]
     return [
-        Row("dtypes", "index_scores, triton, forward", shape, calls.forward, dtype, rehearsed=True)
-        for dtype in ("float16", "float32", "float64")
+        Row(
+            "dtypes",
+            f"index_scores, triton, {way}",
+            {"b": 1, "s": 4096, "h": 32, "d": d},
+            makes[way],
+            dtype,
+            rehearsed=True,
+        )
+        for way, dtype, d in (*half, *exact)
     ]

@@ -117,9 +117,10 @@ def asked(said: str) -> int:
 def _timed(row: Row, place: Place, seconds: float) -> dict[str, Any]:
     ready = row.ready(place)
     taken, calls = milliseconds(ready.run, place.device, seconds)
-    median = statistics.median(taken)
-    found: dict[str, Any] = {"ms": _round(median), "fastest": _round(taken[0]), "slowest": _round(taken[-1])}
-    found |= {"runs": len(taken), "calls": calls}
+    times = sorted(run.device for run in taken)
+    median = statistics.median(times)
+    found: dict[str, Any] = {"ms": _round(median), "fastest": _round(times[0]), "slowest": _round(times[-1])}
+    found |= {"host_ms": _round(statistics.median(run.host for run in taken)), "runs": len(taken), "calls": calls}
     if ready.allocates and place.device.type == "cuda":
         found["peak_bytes"] = _peak(ready.run)
     if ready.flops:
@@ -133,39 +134,47 @@ def _round(x: float) -> float:
     return float(f"{x:.4g}")
 
 
-def milliseconds(run: Callable[[], Any], device: torch.device, seconds: float) -> tuple[list[float], int]:
-    """Time a call on a device, warm: the time of one call by each run, sorted, and the calls in a row of a run.
+class Taken(NamedTuple):
+    """Milliseconds of a call of a run: on the device, and until the host had launched it."""
+
+    device: float
+    host: float
+
+
+def milliseconds(run: Callable[[], Any], device: torch.device, seconds: float) -> tuple[list[Taken], int]:
+    """Time a call on a device, warm: what one call took by each run, and the calls in a row of a run.
 
     A call alone would count what the host takes to launch it, which a stream of work hides.
     """
     start, once = time.perf_counter(), _clock(device)
     once(run, 1)
-    alone = once(run, 1)
+    first = once(run, 1)
+    alone = first.device
     calls = CALLS if alone * RUNS * CALLS <= BUDGET * 1e3 else 1
     wanted = max(FEWEST, min(RUNS, int(BUDGET * 1e3 / max(alone * calls, 1e-6))))
     left = (seconds - (time.perf_counter() - start)) * 0.8e3  # the call that shows its memory comes after
     runs = min(wanted, int(left / max(alone * calls, 1e-6)))
     if runs < 1:
-        return [alone], 1
-    return sorted(once(run, calls) for _ in range(runs)), calls
+        return [first], 1
+    return [once(run, calls) for _ in range(runs)], calls
 
 
-def _clock(device: torch.device) -> Callable[[Callable[[], Any], int], float]:
-    def on_device(run: Callable[[], Any], calls: int) -> float:
+def _clock(device: torch.device) -> Callable[[Callable[[], Any], int], Taken]:
+    def on_device(run: Callable[[], Any], calls: int) -> Taken:
         first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         torch.cuda.synchronize()
         first.record()
-        for _ in range(calls):
-            run()
+        host = on_host(run, calls).host
         last.record()
         torch.cuda.synchronize()
-        return float(first.elapsed_time(last)) / calls
+        return Taken(float(first.elapsed_time(last)) / calls, host)
 
-    def on_host(run: Callable[[], Any], calls: int) -> float:
+    def on_host(run: Callable[[], Any], calls: int) -> Taken:
         start = time.perf_counter()
         for _ in range(calls):
             run()
-        return (time.perf_counter() - start) * 1e3 / calls
+        taken = (time.perf_counter() - start) * 1e3 / calls
+        return Taken(taken, taken)
 
     return on_device if device.type == "cuda" else on_host
 

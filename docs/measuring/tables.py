@@ -12,6 +12,8 @@ from tabulate import tabulate
 
 from headfold.lanes.record import show_bytes
 
+# Share of a call's time from which on the host that launches it may be what took it.
+HOST_BOUND = 0.8
 TIMES = ("median ms", "fastest", "slowest")
 HEAD = ("call", "shape", *TIMES, "TFLOP/s", "products counted", "of the product's", "peak extra", "note")
 # What a selection is compared with, at its own shape.
@@ -146,6 +148,8 @@ def _note(row: Found, rows: Sequence[Measured]) -> str:
         scoring = next((x.row for x in rows if _scores_of(x.row, row)), None)
         if scoring is not None:
             notes.append(f"{row['ms'] / scoring['ms'] - 1:.0%} on top of scoring")
+    if row.get("calls", 1) > 1 and row.get("host_ms", 0.0) > HOST_BOUND * row["ms"]:
+        notes.append(f"the host takes {row['host_ms']:g} ms to launch it")
     if "runs" in row and (row["runs"], row["calls"]) != (7, 5):
         notes.append(f"{row['runs']} runs of {row['calls']}")
     return "; ".join(notes)

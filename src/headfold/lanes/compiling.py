@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from itertools import islice
+import functools
+import os
+from concurrent.futures import Future, ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 from headfold import backends
 from headfold.contract import UnsupportedError, one_of
-from headfold.lanes.record import FAIL, PASS, Column, Lane, Track, no_track
+from headfold.lanes.record import FAIL, PASS, Column, Lane, Row, Track, no_track
 
 COLUMNS = (
     Column("kernel", "kernel"),
@@ -27,27 +29,38 @@ COLUMNS = (
 BEGIN, END = "<!-- compiled -->\n", "<!-- end -->"
 
 
-@dataclass(frozen=True)
-class _Job:
-    arch: str
-    specimen: Any
+# Kernels for each of the processes that compile, at least, and processes at most.
+SHARE, WORKERS = 8, 8
 
 
-def compiled(archs: tuple[str, ...] = (), *, first: int | None = None, track: Track[_Job] = no_track) -> Lane:
-    """Compile for architectures, all when none is named; first: only so many specimens of each.
+def compiled(
+    archs: tuple[str, ...] = (),
+    *,
+    first: int | None = None,
+    workers: int | None = None,
+    track: Track[Future[Row]] = no_track,
+) -> Lane:
+    """Compile for architectures, all when none is named.
 
-    A row fails when a kernel does not compile, spills, needs more shared memory than its chip has, or has to use the
-    tensor cores and does not.
+    A row fails when a kernel does not compile, spills, needs more shared memory than its chip has, has to use the
+    tensor cores and does not, or lets no two instructions of a product overlap.
+
+    Args:
+        archs: as the table of tiles names them.
+        first: only so many kernels of each.
+        workers: processes that compile at once; by the CPU's cores and the number of kernels when None.
+        track: wraps the compilations, for a progress bar.
     """
     compiling = _compiler()
     for arch in archs:
         one_of("doctor", "--arch", arch, tuple(compiling.TARGETS))
-    from headfold.backends.triton.specimens import specimens
-
     lane = Lane("compile", "Does every kernel compile to what its chip can run well?", COLUMNS)
-    jobs = [_Job(arch, x) for arch in archs or tuple(compiling.TARGETS) for x in islice(specimens(arch), first)]
-    for job in track(jobs, "compile"):
-        lane.rows.append(_row(compiling, job))
+    counts = {arch: len(_specimens(arch)[:first]) for arch in archs or tuple(compiling.TARGETS)}
+    jobs = [(arch, i) for arch, count in counts.items() for i in range(count)]
+    at_once = workers or max(1, min(WORKERS, os.cpu_count() or 1, len(jobs) // SHARE))
+    with ProcessPoolExecutor(at_once, mp_context=get_context("spawn")) as pool:
+        for job in track([pool.submit(_row, *job) for job in jobs], "compile"):
+            lane.rows.append(job.result())
     lane.notes.append(f"Triton {compiling.VERSION}; no GPU is needed or used")
     return lane
 
@@ -75,9 +88,16 @@ def _compiler() -> Any:
     return compiling
 
 
-def _row(compiling: Any, job: _Job) -> dict[str, Any]:
-    specimen, arch = job.specimen, job.arch
-    row = {"kernel": specimen.name, "arch": arch, "warps": specimen.num_warps, "stages": specimen.num_stages}
+@functools.cache
+def _specimens(arch: str) -> list[Any]:
+    from headfold.backends.triton.specimens import specimens
+
+    return list(specimens(arch))
+
+
+def _row(arch: str, index: int) -> Row:
+    compiling, specimen = _compiler(), _specimens(arch)[index]
+    row: Row = {"kernel": specimen.name, "arch": arch, "warps": specimen.num_warps, "stages": specimen.num_stages}
     try:
         result = compiling.compile_specimen(specimen, arch)
     except Exception as error:  # noqa: BLE001 - ptxas, LLVM and Triton share no base type; the row fails and names it

@@ -191,7 +191,7 @@ def query_gradients(
 
 @triton.jit
 def _key_sums(
-    g, broken, q, weights, k1, k2, t, start, end, bias, first_row, last_row, sq, sk, offset, batch, q_batch, q_row,
+    g, broken, q, weights, k1, k2, t, start, end, bias, first_row, last_row, sk, offset, batch, q_batch, q_row,
     q_head, q_channel, g_batch, g_row, g_key, weights_batch, weights_row, weights_head, start_row, end_row,
     bias_batch, bias_row, bias_key,
     RATIO: tl.constexpr, HAS_OFFSET: tl.constexpr, RELU: tl.constexpr, H: tl.constexpr, D: tl.constexpr,
@@ -357,14 +357,14 @@ def key_gradients(
         k2 = k1
     if broken is None or tl.load(broken) == 0:
         sum1, sum2 = _key_sums(
-            g, None, q, weights, k1, k2, t, start, end, bias, first_block * ROWS, last_row, sq, sk, offset, batch,
+            g, None, q, weights, k1, k2, t, start, end, bias, first_block * ROWS, last_row, sk, offset, batch,
             q_batch, q_row, q_head, q_channel, g_batch, g_row, g_key, weights_batch, weights_row, weights_head,
             start_row, end_row, bias_batch, bias_row, bias_key,
             RATIO, HAS_OFFSET, RELU, H, D, HEADS, FIRST, SECOND, ROWS, KEYS, STAGES, PRECISION, WIDE, ACC, UPCAST,
         )  # fmt: skip
     else:
         sum1, sum2 = _key_sums(
-            g, broken + 1, q, weights, k1, k2, t, start, end, bias, first_block * ROWS, last_row, sq, sk, offset, batch,
+            g, broken + 1, q, weights, k1, k2, t, start, end, bias, first_block * ROWS, last_row, sk, offset, batch,
             q_batch, q_row, q_head, q_channel, g_batch, g_row, g_key, weights_batch, weights_row, weights_head,
             start_row, end_row, bias_batch, bias_row, bias_key,
             RATIO, HAS_OFFSET, RELU, H, D, HEADS, FIRST, SECOND, ROWS, KEYS, STAGES, PRECISION, WIDE, ACC, UPCAST,

@@ -138,9 +138,12 @@ def _inspect(kernel: Any, arch: str, seconds: float) -> Compiled:
 
 
 def _is_serial(ptx: str, sass: str) -> bool:
-    """Whether instructions that were to be in flight together wait for one another: each is opened on its own then."""
-    asked = ptx.count("wgmma.fence") < ptx.count("wgmma.mma_async")
-    return asked and sass.count("WARPGROUP.ARRIVE") >= sass.count("HGMMA")
+    """Whether instructions that were to be in flight together wait for one another: more groups of them than asked for.
+
+    The assembler may repeat a loop, so that shares are compared and not counts.
+    """
+    asked, products = ptx.count("wgmma.fence"), ptx.count("wgmma.mma_async")
+    return sass.count("WARPGROUP.ARRIVE") * products > asked * sass.count("HGMMA")
 
 
 def _field(assembly: str, name: str) -> int:

@@ -53,7 +53,7 @@ def _usual(arch: str, rows: dict[str, list[Row]]) -> Iterator[Specimen]:
             d = min(row.d, WIDEST)
             for dtype in DTYPES[row.dtype]:
                 h = next(h for h in HEADS if h <= row.rows and tile(kernel, arch, getattr(torch, dtype), d, h) is row)
-                yield score_specimen(row, dtype, h, d, marked=kernel == "key_sums", biased=kernel == "biased_scores")
+                yield score_specimen(row, dtype, h, d)
                 if kernel == "key_gradients":
                     yield _called(arch, "key_sums", dtype, h, d)
 
@@ -75,18 +75,16 @@ def _called(
     arch: str, kernel: str, dtype: str, h: int, d: int, *, ranged: bool = False, biased: bool = False
 ) -> Specimen:
     row = tile(kernel, arch, getattr(torch, dtype), d, h)
-    biased |= kernel == "biased_scores"
-    return score_specimen(row, dtype, min(h, row.rows), d, ranged=ranged, biased=biased, marked=kernel == "key_sums")
+    return score_specimen(row._replace(kernel=kernel), dtype, min(h, row.rows), d, ranged=ranged, biased=biased)
 
 
-def score_specimen(
-    row: Row, dtype: str, h: int, d: int, *, ranged: bool = False, biased: bool = False, marked: bool = False
-) -> Specimen:
-    """Return a kernel with the tile of `row`, on inputs of a dtype; ranged, biased: with these.
+def score_specimen(row: Row, dtype: str, h: int, d: int, *, ranged: bool = False, biased: bool = False) -> Specimen:
+    """Return the kernel of `row` with its tile, on inputs of a dtype; ranged, biased: with these.
 
-    marked: adding to sums of rows of which some may be broken, as selected scores do.
+    "key_sums" adds to sums of rows of which some may be broken, as selected scores do.
     """
-    kernel = KERNELS[row.kernel]
+    kernel, marked = KERNELS[row.kernel], row.kernel == "key_sums"
+    biased |= row.kernel == "biased_scores"
     compute = torch.float64 if dtype == "float64" else torch.float32
     half, two_bytes = dtype == "float16", dtype in DTYPES["half"]
     # What a launch passes, so that what is compiled here is what runs.
@@ -114,11 +112,8 @@ def score_specimen(
     absent += [] if marked else ["broken"]
     hidden = [name for name in kernel.arg_names if name.split("_")[0] in absent]
     constants |= {name: None if name in absent else 0 for name in hidden}
-    name = {score_slab: "biased_scores" if biased else "scores", query_gradients: "query_gradients"}.get(
-        kernel, "key_sums" if marked else "key_gradients"
-    )
     label = (
-        f"{name} {dtype} h={h} d={d}"
+        f"{row.kernel} {dtype} h={h} d={d}"
         + (" ranged" if ranged else "")
         + (" biased" if biased and kernel is not score_slab else "")
     )
