@@ -7,6 +7,8 @@ import os
 import re
 import subprocess
 import sys
+from concurrent.futures import Future
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,6 +23,7 @@ pytest.importorskip("triton", reason="Triton is not installed")
 from headfold.backends import triton
 from headfold.backends.triton.compiling import SHARED, Compiled, Specimen
 from headfold.backends.triton.score_specimens import KERNELS, specimens
+from headfold.backends.triton.table import SHARED as ALIASES
 from headfold.backends.triton.table import rows_of, tile
 
 ARCHS = ["sm_80", "sm_90", "sm_100", "gfx942"]
@@ -78,6 +81,21 @@ def test_every_row_of_the_table_has_a_specimen(arch: str) -> None:
                 assert (row, dtype) in had
 
 
+@pytest.mark.parametrize("arch", ARCHS)
+def test_every_row_of_the_table_is_some_call_s(arch: str) -> None:
+    dtypes = torch.float16, torch.bfloat16, torch.float32, torch.float64
+    for row in rows_of(arch):
+        calls = [kernel for kernel, of in ALIASES.items() if of == row.kernel]
+        some = [
+            (kernel, dtype, h)
+            for kernel in (row.kernel, *calls)
+            for dtype in dtypes
+            for h in (1, 2, 4, 8, 16, 32, 64, 128)
+            if row.takes(dtype) and h <= row.h and tile(kernel, arch, dtype, min(row.d, 1024), h) is row
+        ]
+        assert some, row
+
+
 @pytest.mark.parametrize(
     ("result", "said"),
     [
@@ -121,6 +139,14 @@ def test_programs_a_core_are_bounded_by_registers_and_by_shared_memory() -> None
     assert FINE.programs_per_core(SPECIMEN, "sm_90") == 4
     assert Compiled(240, 0, 50_000, {}, 1.0).programs_per_core(SPECIMEN, "sm_90") == 2
     assert Compiled(64, 0, 100_000, {}, 1.0).programs_per_core(SPECIMEN, "sm_90") == 2
+
+
+def test_a_process_that_died_fails_its_rows_and_loses_no_other() -> None:
+    died: Future[Any] = Future()
+    died.set_exception(BrokenProcessPool("killed"))
+    row = compiling._answer("sm_90", 1, died)
+    assert (row["kernel"], row["arch"], row["verdict"]) == ("query_gradients bfloat16 h=32 d=128", "sm_90", FAIL)
+    assert row["note"].startswith("a process that compiles died")
 
 
 def test_the_lane_refuses_an_unknown_chip_and_the_interpreter() -> None:

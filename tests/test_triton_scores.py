@@ -363,10 +363,13 @@ def test_auto_on_a_cpu_stays_eager() -> None:
     assert eager.index_scores is not triton.index_scores
 
 
-@pytest.mark.parametrize(("offset", "ratio"), [(None, 1), (-8, 1), (60, 1), (300, 4)])
-@pytest.mark.parametrize("h", [2, 33])
-def test_bounds_told_from_row_numbers_are_those_of_the_rows(h: int, offset: int | None, ratio: int) -> None:
-    inputs = leaves(Case(21, 130, h=h, d=16, visible="all"), torch.float32)
+@pytest.mark.parametrize(("offset", "ratio"), [(None, 1), (-8, 1), (61, 1), (300, 4)])
+@pytest.mark.parametrize(("h", "dtype"), [(2, torch.float32), (33, torch.float32), (32, torch.bfloat16)])
+def test_bounds_told_from_row_numbers_are_those_of_the_rows(
+    h: int, dtype: torch.dtype, offset: int | None, ratio: int
+) -> None:
+    # A tile of keys ends within the rows of a program: at 61 the third row is the first that sees all 64.
+    inputs = leaves(Case(21, 130, h=h, d=16, visible="all"), dtype)
     keys = KeyRange(None, None, offset, ratio)
     g = torch.ones(1, 21, 130, device=DEVICE)
 
@@ -375,14 +378,29 @@ def test_bounds_told_from_row_numbers_are_those_of_the_rows(h: int, offset: int 
         return [scores.detach(), *torch.autograd.grad(scores, inputs, g)]
 
     arch = table.arch_of(DEVICE)
-    rows = [table.tile(kernel, arch, torch.float32, 16, h) for kernel in ("scores", "query_gradients")]
-    assert all(row.uniform for row in rows)
-    told = run()
-    with table.trying(rows[0]._replace(uniform=False)), table.trying(rows[1]._replace(uniform=False)):
-        reduced = run()
-    for x, y in zip(told, reduced, strict=True):
+    rows = [table.tile(kernel, arch, dtype, 16, h)._replace(arch=arch) for kernel in ("scores", "query_gradients")]
+    results = []
+    for uniform in (True, False):
+        scores, gradients = (row._replace(uniform=uniform) for row in rows)
+        with table.trying(scores), table.trying(gradients):
+            results.append(run())
+    for x, y in zip(*results, strict=True):
         assert torch.equal(x, y)
-    assert (told[0] > NEG_INF).any()
+    assert (results[0][0] > NEG_INF).any()
+
+
+@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")  # NumPy's, in the interpreter
+@pytest.mark.parametrize("held", [float("inf"), float("nan")])
+@pytest.mark.parametrize("sk", [64, 100])
+def test_rows_that_see_no_key_get_no_gradient_whatever_the_keys_hold(sk: int, held: float) -> None:
+    q, weights, k = (x.detach() for x in leaves(Case(70, sk, h=2, d=16, visible="all"), torch.bfloat16))
+    inputs = [x.requires_grad_() for x in (q, weights, torch.full_like(k, held))]
+    end = torch.zeros(1, 70, dtype=torch.int32, device=DEVICE)
+    for keys in (KeyRange(None, end, None, 1), KeyRange(None, None, -100, 1)):
+        scores = index_scores(*inputs, keys=keys, impl="triton")
+        gradients = torch.autograd.grad(scores, inputs, torch.ones_like(scores))
+        assert scores.isneginf().all()
+        assert all(x.count_nonzero() == 0 for x in gradients)
 
 
 @pytest.mark.parametrize("visible", ["causal", "ragged", "all"])

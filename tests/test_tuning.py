@@ -104,9 +104,13 @@ def test_a_candidate_is_tried_again_with_so_few_registers(monkeypatch: pytest.Mo
         ),
     ]
     assert launched == [None, 168]
-    ((_, row),) = search().compiled(NOW._replace(registers=80))
+    spilled = NOW._replace(registers=80)
+    ((_, row),) = search().compiled(spilled)
     assert (row["verdict"], row["note"]) == ("", "spills 8 bytes")
     assert launched == [None, 168]
+    row = search().compiled(spilled, anyway=True)[0][1]
+    assert ("verdict" in row, row["note"]) == (False, "spills 8 bytes")
+    assert launched[2] == 80
 
 
 def test_a_candidate_that_does_not_launch_is_not_timed_and_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -125,7 +129,7 @@ def test_a_candidate_that_does_not_launch_is_not_timed_and_says_why(monkeypatch:
 class AtOnce:
     """A pool that does each job where it is given."""
 
-    def __init__(self, workers: int, mp_context: object) -> None:
+    def __init__(self, workers: int) -> None:
         assert workers == 3
 
     def __enter__(self) -> AtOnce:
@@ -134,14 +138,15 @@ class AtOnce:
     def __exit__(self, *_: object) -> None:
         pass
 
-    def submit(self, job: Any, candidate: Row) -> Future[Any]:
+    def submit(self, job: Any, candidate: Row, *, anyway: bool) -> Future[Any]:
         done: Future[Any] = Future()
-        done.set_result(job(candidate))
+        done.set_result(job(candidate, anyway=anyway))
         return done
 
 
 def test_what_compiled_is_timed_and_the_fastest_row_is_printed(monkeypatch: pytest.MonkeyPatch) -> None:
-    def compiled(_: tuning.Search, tile: Row) -> list[tuple[Row, dict[str, Any]]]:
+    def compiled(_: tuning.Search, tile: Row, *, anyway: bool) -> list[tuple[Row, dict[str, Any]]]:
+        assert anyway == (tile.rows == 128)
         sizes = {"rows": tile.rows, "keys": 64, "warps": 4, "stages": 2, "uniform": "no"}
         if tile.rows == 256:
             return [(tile, {**sizes, "verdict": "", "note": "spills 8 bytes"})]
@@ -151,13 +156,14 @@ def test_what_compiled_is_timed_and_the_fastest_row_is_printed(monkeypatch: pyte
         assert call == "call"
         return {**row, "seconds": 1.0 if tile.registers else 2.0, "verdict": PASS}
 
-    monkeypatch.setattr(tuning, "ProcessPoolExecutor", AtOnce)
+    monkeypatch.setattr(tuning, "processes", AtOnce)
     monkeypatch.setattr(tuning.Search, "compiled", compiled)
     monkeypatch.setattr(tuning.Search, "timed", timed)
     monkeypatch.setattr(tuning.Search, "inputs", lambda *_: None)
     monkeypatch.setattr(tuning, "candidates", lambda *_: [NOW, NOW._replace(rows=256)])
     monkeypatch.setattr(backends, "load", lambda _: type("Kernels", (), {"INTERPRETED": False}))
     monkeypatch.setattr(table, "arch_of", lambda _: "sm_90")
+    monkeypatch.setattr(table, "tile", lambda *_: NOW)
     monkeypatch.setitem(tuning.KERNELS, "scores", tuning.Kernel((128,), (64,), lambda *_: "call"))  # type: ignore[arg-type]
     lane = tuning.tune("scores", CUDA, dtype="bfloat16", heads=32, dim=128, workers=3)
     assert [(row["rows"], row.get("cap"), row.get("times")) for row in lane.rows] == [

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import functools
 import os
-from concurrent.futures import Future, ProcessPoolExecutor
-from multiprocessing import get_context
+from concurrent.futures import Future
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 from headfold import backends
 from headfold.contract import UnsupportedError, one_of
+from headfold.lanes.processes import processes
 from headfold.lanes.record import FAIL, PASS, Column, Lane, Row, Track, no_track
 
 COLUMNS = (
@@ -38,7 +40,7 @@ def compiled(
     *,
     first: int | None = None,
     workers: int | None = None,
-    track: Track[Future[Row]] = no_track,
+    track: Track[Any] = no_track,
 ) -> Lane:
     """Compile for architectures, all when none is named.
 
@@ -58,9 +60,10 @@ def compiled(
     counts = {arch: len(_specimens(arch)[:first]) for arch in archs or tuple(compiling.TARGETS)}
     jobs = [(arch, i) for arch, count in counts.items() for i in range(count)]
     at_once = workers or max(1, min(WORKERS, os.cpu_count() or 1, len(jobs) // SHARE))
-    with ProcessPoolExecutor(at_once, mp_context=get_context("spawn")) as pool:
-        for job in track([pool.submit(_row, *job) for job in jobs], "compile"):
-            lane.rows.append(job.result())
+    with processes(at_once) if at_once > 1 else nullcontext() as pool:
+        running = [(arch, i, None if pool is None else pool.submit(_row, arch, i)) for arch, i in jobs]
+        for arch, i, job in track(running, "compile"):
+            lane.rows.append(_row(arch, i) if job is None else _answer(arch, i, job))
     lane.notes.append(f"Triton {compiling.VERSION}; no GPU is needed or used")
     return lane
 
@@ -86,6 +89,14 @@ def _compiler() -> Any:
     from headfold.backends.triton import compiling
 
     return compiling
+
+
+def _answer(arch: str, index: int, job: Future[Row]) -> Row:
+    try:
+        return job.result()
+    except BrokenProcessPool:
+        died = "a process that compiles died, of this or another kernel; --arch compiles fewer"
+        return {"kernel": _specimens(arch)[index].name, "arch": arch, "verdict": FAIL, "note": died}
 
 
 @functools.cache

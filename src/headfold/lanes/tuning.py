@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import product
-from multiprocessing import get_context
 from typing import TYPE_CHECKING, Any
 from unittest import mock
 
@@ -17,7 +15,10 @@ import torch
 from headfold import backends, scatter_tiles
 from headfold.contract import UnsupportedError, one_of
 from headfold.lanes.every_op import Inputs, make_inputs
+from headfold.lanes.processes import processes
 from headfold.lanes.record import FAIL, PASS, Column, Lane, Row, Track, no_track
+from headfold.loss_slabs import LossSlab
+from headfold.tiles import blocks
 
 if TYPE_CHECKING:
     from headfold.backends.triton.table import Row as Tile
@@ -41,6 +42,8 @@ COLUMNS = (
 DTYPES = ("float16", "bfloat16", "float32", "float64")
 # What is timed: enough rows and keys to fill a device, topk picks of each row where a kernel gathers.
 ROWS, KEYS, TOPK = 8192, 8192, 1024
+# Rows and keys of the call whose slabs the teacher is timed on.
+LOSS_ROWS = 4096
 # What is launched to have it compiled, rows and keys, and by how many processes at most.
 FEW, WORKERS = 1024, 8
 WARPS = 4, 8
@@ -97,9 +100,10 @@ def tune(
 ) -> Lane:
     """Search the tiles of a kernel for one shape of call, and say which row the table should have.
 
-    A candidate has to compile without a spill and within the chip's shared memory before it is timed; times are the
-    medians of triton.testing.do_bench, which clears the L2 cache between runs. Where one more program of it would fit
-    a core if its threads had fewer registers, it is tried with so many at most too.
+    A candidate has to pass what the compile lane asks, but for tensor cores, before it is timed: no spill, the chip's
+    shared memory, products whose instructions overlap. The table's own row is timed anyway. Times are the medians of
+    triton.testing.do_bench, which clears the L2 cache between runs. Where one more program of a candidate would fit a
+    core if its threads had fewer registers, it is tried with so many at most too.
 
     Args:
         kernel: its name in the table of tiles.
@@ -128,8 +132,8 @@ def tune(
     search = Search(arch, dtype, heads, dim, device)
     at_once = workers or max(1, min(WORKERS, (os.cpu_count() or 2) // 2))
     tried: list[tuple[Tile, Row]] = []
-    with ProcessPoolExecutor(at_once, mp_context=get_context("spawn")) as pool:
-        jobs = [pool.submit(search.compiled, candidate) for candidate in candidates(kernel, now, heads)]
+    with processes(at_once) as pool:
+        jobs = [pool.submit(search.compiled, x, anyway=x == now) for x in candidates(kernel, now, heads)]
         for job in track(jobs, f"compile {kernel}"):
             tried += job.result()
     call = KERNELS[kernel].call(kernels, search.inputs(ROWS, KEYS))
@@ -162,19 +166,20 @@ class Search:
         order = torch.rand(1, rows, keys, device=self.device).argsort(-1)[..., :TOPK]
         return made._replace(indices=order.to(torch.int32))
 
-    def compiled(self, candidate: Tile) -> list[tuple[Tile, Row]]:
+    def compiled(self, candidate: Tile, *, anyway: bool = False) -> list[tuple[Tile, Row]]:
         """Return what became of a tile, and of the same with fewer registers where one more program would fit then.
 
-        What can be timed has been launched once, so that Triton's cache holds it, and has no verdict yet.
+        What can be timed has been launched once, so that Triton's cache holds it, and has no verdict yet.   anyway:
+        whether what the compile lane would not take is launched too.
         """
-        row, fewer = self._judged(candidate)
+        row, fewer = self._judged(candidate, anyway=anyway)
         found = [(candidate, row)]
         if fewer is not None:
             capped = candidate._replace(registers=fewer)
             found.append((capped, self._judged(capped)[0]))
         return found
 
-    def _judged(self, candidate: Tile) -> tuple[Row, int | None]:
+    def _judged(self, candidate: Tile, *, anyway: bool = False) -> tuple[Row, int | None]:
         from headfold.backends.triton import compiling
 
         row: Row = {name: getattr(candidate, name) for name in ("rows", "keys", "warps", "stages")}
@@ -187,8 +192,9 @@ class Search:
             found = compiling.compile_specimen(specimen, self.arch)
             row |= {"registers": found.registers, "shared": found.shared}
             breaches = [x for x in found.breaches(specimen, self.arch) if not x.startswith("has no ")]
-            if breaches:
-                return {**row, "verdict": "", "note": "; ".join(breaches)}, None
+            row |= {"note": "; ".join(breaches)} if breaches else {}
+            if breaches and not anyway:
+                return {**row, "verdict": ""}, None
             self._launch(candidate)
         except Exception as error:  # noqa: BLE001 - a compiler or launch raises any type; this tile's row names it, and the next is tried
             return {**row, "verdict": "", "note": _named(error)}, None
@@ -270,7 +276,7 @@ def specimen_of(candidate: Tile, dtype: str, heads: int, dim: int) -> Any:
     if candidate.kernel in score_specimens.KERNELS:
         return score_specimens.score_specimen(candidate, dtype, heads, dim)
     if candidate.kernel in loss_specimens.KERNELS:
-        return loss_specimens.teacher_specimen(candidate, dtype, dim)
+        return loss_specimens.teacher_specimen(candidate, dtype, dim, marked=True)
     return gathered_specimens.gathered_specimen(candidate, getattr(torch, dtype), h=heads, d=dim)
 
 
@@ -313,19 +319,30 @@ def _attended(needs: tuple[bool, bool, bool, bool] | None) -> Callable[[Any, Inp
 
 
 def _taught(_: Any, x: Inputs) -> Callable[[], Any]:
+    """Slabs as the loss has them: programs of a few hundred rows fill a device in other numbers than those of all."""
     from headfold.backends.triton.teacher import fill_mass
     from headfold.contract import compute_dtype
-    from headfold.loss_slabs import SPLIT_KEYS
 
-    (b, rows, heads, width), keys = x.query.shape, x.key.shape[1]
-    dtype = compute_dtype(x.query.dtype)
-    mass = torch.empty(b, rows, keys, dtype=dtype, device=x.query.device)
-    sums = torch.empty(2 * -(-keys // SPLIT_KEYS) * b * heads * rows, dtype=dtype, device=x.query.device)
-    return lambda: fill_mass(mass, sums, x.query, x.key, None, None, None, None, 1, keys, width**-0.5)
+    query, key = x.query[:, :LOSS_ROWS], x.key[:, :LOSS_ROWS]
+    (b, rows, heads, width), keys = query.shape, key.shape[1]
+    dtype = compute_dtype(query.dtype)
+    h, d = x.q.shape[2:]
+    slab = LossSlab.of(b, rows, keys, h, d, heads, dtype.itemsize, None, relu=True)
+    mass = torch.empty(b, slab.rows, slab.width, dtype=dtype, device=query.device)
+    marks = torch.ones_like(mass, dtype=torch.uint8)
+    sums = torch.empty(slab.sums, dtype=dtype, device=query.device)
+
+    def run() -> None:
+        for first, end in blocks(rows, slab.rows):
+            some, marked = mass[:, : end - first], marks[:, : end - first]
+            fill_mass(some, sums, query[:, first:end], key, marked, None, None, None, 1, keys, width**-0.5)
+
+    return run
 
 
 # Not "attention_masked": whether it runs at all is the shape's choice.
 SETTLING = "what settles the picks"
+SLABS = f"both by the slabs of a loss at {LOSS_ROWS} rows and keys"
 SCATTER = f"{SETTLING} and adds up the gradients of their keys"
 KERNELS = {
     "scores": Kernel((64, 128, 256), (32, 64, 128), _scored(None), bounded=True),
@@ -337,6 +354,6 @@ KERNELS = {
     "attention": Kernel((16, 32, 64), (32, 64, 128), _attended(None), True, SETTLING),
     "attention_rows": Kernel((16, 32, 64), (32, 64), _attended((True, False, False, False)), True, SETTLING),
     "attention_keys": Kernel((16, 32, 64), (16, 32, 64), _attended((False, True, True, False)), True, SCATTER),
-    "teacher sums": Kernel((64, 128), (32, 64, 128), _taught, beside="teacher mass"),
-    "teacher mass": Kernel((64, 128), (32, 64, 128), _taught, beside="teacher sums"),
+    "teacher sums": Kernel((64, 128), (32, 64, 128), _taught, beside=f"teacher mass, {SLABS}"),
+    "teacher mass": Kernel((64, 128), (32, 64, 128), _taught, beside=f"teacher sums, {SLABS}"),
 }

@@ -106,7 +106,10 @@ def query_gradients(
     first_key, last_key = seen_by_any(
         low, high, block * ROWS, tl.minimum(block * ROWS + ROWS, sq), sk, start, end, offset, RATIO, HAS_OFFSET, UNIFORM
     )
-    first_key = first_key // KEYS * KEYS
+    # Where no row sees a key the first keys are read for nothing, and whatever they held is dropped behind the loop.
+    some = first_key < last_key
+    first_key = tl.where(some, first_key // KEYS * KEYS, 0)
+    last_key = never_empty(first_key, tl.where(some, last_key, 0))
 
     each = tl.arange(0, ROWS * HEADS)
     query_row = (block * ROWS + each // HEADS).to(tl.int64)
@@ -169,11 +172,15 @@ def query_gradients(
                 u2 = add_product(a, k2, u2, key < last_key, PRECISION, ACC, UPCAST)
 
     if dweights is not None:
+        totals = tl.where(some, totals, 0.0)
         row_of = row.to(tl.int64)[:, None]
         head_of = tl.arange(0, HEADS)[None, :]
         places = dweights + batch * dweights_batch + row_of * dweights_row + head_of.to(tl.int64) * dweights_head
         tl.store(places, totals * number(scale, ACC, UPCAST), mask=inside[:, None] & (head_of < H))
     if dq is not None:
+        u1 = tl.where(some, u1, 0.0)
+        if SECOND > 0:
+            u2 = tl.where(some, u2, 0.0)
         if weights is not None:
             places = weights + batch * weights_batch + query_row * weights_row + head * weights_head
             factor = tl.load(places, mask=real, other=0.0).to(ACC) * number(scale, ACC, UPCAST)

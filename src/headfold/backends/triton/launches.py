@@ -155,7 +155,8 @@ def launch_query_gradients(dq: Tensor | None, dweights: Tensor | None, g: Tensor
         return
     row = slab.row("query_gradients")
     constants = slab.constants(row, relu)
-    even = constants["ROWS"] <= WHOLE_ROWS and slab.k.shape[1] % row.keys == 0 and is_near(slab.k, row.keys)
+    sk = slab.k.shape[1]
+    even = constants["ROWS"] <= WHOLE_ROWS and sk > 0 and sk % row.keys == 0 and is_near(slab.k, row.keys)
     strides = *strides_of(dq, 4), *strides_of(dweights, 3), *g.stride(), *slab.strides()
     grid = cdiv(sq, constants["ROWS"]), b
     arguments = *slab.arguments(), slab.scale, *strides

@@ -62,7 +62,7 @@ def never_empty(first, last):
     """Return the end of a loop from `first` that runs to `last`, and once where that is not behind it.
 
     What a product sums over a loop that may be skipped has two origins, its zeros and the loop: on sm_90 the assembler
-    then lets no two instructions of a product overlap. The body has to leave rows from `last` on out.
+    then lets no two instructions of a product overlap. What the body adds from `last` on has to be nothing, or dropped.
     """
     end = tl.maximum(last, first + 1)
     tl.assume(first < end)

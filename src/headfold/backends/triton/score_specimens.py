@@ -62,11 +62,12 @@ def _others(arch: str) -> Iterator[Specimen]:
     """Specimens of other widths and heads, with ranges and a bias, each at the row that such a call has."""
     yield _called(arch, "scores", "bfloat16", 4, 128)
     yield _called(arch, "scores", "bfloat16", 32, 80, ranged=True)
-    yield _called(arch, "biased_scores", "bfloat16", 4, 128)
+    yield from (_called(arch, "biased_scores", "bfloat16", h, 128) for h in (1, 4))
     yield _called(arch, "biased_scores", "bfloat16", 32, 80, ranged=True)
     for kernel in ("query_gradients", "key_gradients"):
         yield _called(arch, kernel, "bfloat16", 32, 80, ranged=True, biased=True)
         yield from (_called(arch, kernel, dtype, 1, 128) for dtype in DTYPES["half"])
+        yield from (_called(arch, kernel, "bfloat16", h, d) for h, d in ((4, 128), (8, 64), (1, 256)))
     for kernel in KERNELS:
         yield _called(arch, kernel, "bfloat16", 128, 128)
 
