@@ -12,7 +12,8 @@ import pytest
 import torch
 
 # Triton reads this where a kernel, or a function of its own language, is decorated: before its first import, which
-# importing torch alone is not. On a GPU the same tests run the compiled kernels.
+# importing torch alone is not. On a GPU the same tests run the compiled kernels. Whoever set it already is obeyed, and
+# processes that tests start get it from here.
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 

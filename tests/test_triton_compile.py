@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+import time
 from concurrent.futures import Future
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import replace
@@ -17,6 +18,7 @@ import pytest
 import torch
 
 from headfold.lanes import compiling
+from headfold.lanes.processes import processes
 from headfold.lanes.record import FAIL, Lane
 
 pytest.importorskip("triton", reason="Triton is not installed")
@@ -31,11 +33,12 @@ SPECIMEN = Specimen("x", None, {}, {}, 4, 2)
 FINE = Compiled(128, 0, 50_000, {"wgmma.mma_async": 8}, 1.0)
 
 
-def compiled(arch: str, first: int | None) -> dict[str, Any]:
+def compiled(arch: str, first: int | None, workers: int | None = None) -> dict[str, Any]:
     code = f"""
 import json
 from headfold.lanes.compiling import compiled
-print(json.dumps(compiled(("{arch}",), first={first}).to_json()))
+if __name__ == "__main__":
+    print(json.dumps(compiled(("{arch}",), first={first}, workers={workers}).to_json()))
 """
     lane: dict[str, Any] = json.loads(compiling_process(code))
     return lane
@@ -139,6 +142,20 @@ def test_programs_a_core_are_bounded_by_registers_and_by_shared_memory() -> None
     assert FINE.programs_per_core(SPECIMEN, "sm_90") == 4
     assert Compiled(240, 0, 50_000, {}, 1.0).programs_per_core(SPECIMEN, "sm_90") == 2
     assert Compiled(64, 0, 100_000, {}, 1.0).programs_per_core(SPECIMEN, "sm_90") == 2
+
+
+def test_several_processes_compile_the_rows_that_one_does_in_its_order() -> None:
+    lanes = [compiled("sm_80", 3, workers) for workers in (1, 2)]
+    assert lanes[0]["rows"] == lanes[1]["rows"]
+    assert len(lanes[0]["rows"]) == 3
+
+
+def test_jobs_that_wait_are_dropped_where_a_lane_ends_early() -> None:
+    waiting: list[Future[None]] = []
+    with pytest.raises(KeyboardInterrupt), processes(1) as pool:  # noqa: PT012 - the block is what is interrupted
+        waiting += [pool.submit(time.sleep, 0.2) for _ in range(20)]
+        raise KeyboardInterrupt
+    assert sum(job.cancelled() for job in waiting) >= 15
 
 
 def test_a_process_that_died_fails_its_rows_and_loses_no_other() -> None:

@@ -143,7 +143,8 @@ def _watched(program: str, device: torch.device, row: Row) -> Row:
     for name in kernel_names():
         watch += ["--kernel-name", f"kernel_substring={name}"]
     command = [*watch, sys.executable, "-W", "ignore", "-c", f"from headfold.lanes import sanitizer; sanitizer.{call}"]
-    # Torch would hand out parts of large blocks, inside which the tool sees no access as outside.
+    # The caller's variables stay: CUDA's paths, Triton's cache, the devices that are seen. One is added: without it
+    # torch hands out parts of large blocks, inside which the tool sees no access as outside.
     environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
     # A session of its own, since the tool's end alone would leave what it watches running.
     with subprocess.Popen(
