@@ -7,10 +7,11 @@ The first line says where it was measured; then a row a line, each as soon as it
 measurements, of other days and cards: docs/regenerate.py makes a table of each card, where what came later counts.
 Every measurement begins with the device's own rates, of a matrix product in each dtype and of a copy.
 
-A row has the median of seven runs and their range in milliseconds, what the host took to launch a call (host_ms, the
-median), and the peak of what the call allocates; one with a rate says how many products it counts. A run is five calls
-in a row, and what one of them took, unless that would take seconds: then it is one call. Instead of times a row may say
-that it ran out of memory and what it asked for, took longer than it may, calls what is not installed, or failed.
+A row has the median of seven runs, of more where they are short, and their range in milliseconds, what the host took to
+launch a call (host_ms, the median), and the peak of what the call allocates; one with a rate says how many products it
+counts. A run is five calls in a row, and what one of them took, unless that would take seconds: then it is one call.
+Instead of times a row may say that it ran out of memory and what it asked for, took longer than it may, calls what is
+not installed, or failed.
 Kernels are compiled beforehand, by several processes.
 """
 

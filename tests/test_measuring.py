@@ -121,6 +121,11 @@ def test_a_slow_call_has_fewer_runs_and_calls(monkeypatch: pytest.MonkeyPatch) -
     assert measured(row, CPU, 5.0)["runs"] == 3
 
 
+def test_a_short_call_has_more_runs() -> None:
+    found = measured(Row("group", "call", {"s": 1}, lambda *_: Ready(lambda: None)), CPU, 5.0)
+    assert (found["runs"], found["calls"]) == (rows.MOST, 5)
+
+
 def asleep(*_: Any) -> Ready:
     return Ready(lambda: time.sleep(60))
 

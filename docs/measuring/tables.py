@@ -11,6 +11,7 @@ from typing import Any
 from tabulate import tabulate
 
 from headfold.lanes.record import show_bytes
+from measuring.rows import CALLS, RUNS
 
 # Share of a call's time from which on the host that launches it may be what took it.
 HOST_BOUND = 0.8
@@ -150,7 +151,7 @@ def _note(row: Found, rows: Sequence[Measured]) -> str:
             notes.append(f"{row['ms'] / scoring['ms'] - 1:.0%} on top of scoring")
     if row.get("calls", 1) > 1 and row.get("host_ms", 0.0) > HOST_BOUND * row["ms"]:
         notes.append(f"the host takes {row['host_ms']:g} ms to launch it")
-    if "runs" in row and (row["runs"], row["calls"]) != (7, 5):
+    if "runs" in row and (row["runs"] < RUNS or row["calls"] < CALLS):
         notes.append(f"{row['runs']} runs of {row['calls']}")
     return "; ".join(notes)
 
