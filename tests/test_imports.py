@@ -84,16 +84,35 @@ print(q.grad.shape)
 
 
 def test_importing_headfold_imports_no_extra() -> None:
-    # torch's FLOP counter, where formulas are registered, imports triton itself where it is installed.
     code = """
-import sys, torch, torch.utils.flop_counter
+import sys, torch
 before = set(sys.modules)
 import headfold
-extras = ("rich", "typer", "matplotlib", "transformers", "triton", "numpy", "safetensors")
+extras = ("rich", "typer", "matplotlib", "transformers", "triton", "numpy", "safetensors", "torch.utils.flop_counter")
 print([name for name in extras if name in set(sys.modules) - before])
 """
     done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "[]"
+    assert (done.stdout.strip(), done.stderr) == ("[]", "")
+
+
+@pytest.mark.parametrize("first", ["headfold", "torch.utils.flop_counter"])
+def test_torchs_counter_knows_the_formulas_whichever_is_imported_first(first: str) -> None:
+    code = f"""
+import importlib.util, inspect, torch
+import {first}
+import headfold
+importlib.util.find_spec("torch.utils.flop_counter")  # which imports nothing
+import torch.utils.flop_counter as counting
+with counting.FlopCounterMode(display=False) as counter:
+    headfold.index_scores(torch.ones(2, 1, 3, 4), torch.ones(2, 1, 3), torch.ones(5, 1, 4))
+ops = torch.ops.headfold
+both = ("index_scores", "sparse_attention", "selected_scores")
+names = [*both, *(name + "_backward" for name in both), "index_topk", "indexer_loss"]
+print(counter.get_total_flops(), all(getattr(ops, name) in counting.flop_registry for name in names))
+print(type(counting.__loader__) is type(inspect.__loader__), type(counting.__spec__.loader) is type(inspect.__loader__))
+"""
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == [str(2 * 2 * 5 * 3 * (4 + 1)), "True", "True", "True"]
 
 
 def test_the_public_names_are_these() -> None:

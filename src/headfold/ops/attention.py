@@ -7,11 +7,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import register_flop_formula
 
 from headfold.attention_tiles import attention_flops
 from headfold.backends import eager, load
 from headfold.contract import compute_dtype
+from headfold.ops.counted import counted
 from headfold.ops.once import differentiable_once
 
 
@@ -96,7 +96,7 @@ def _key_like(x: Tensor) -> Tensor:
 differentiable_once("sparse_attention", sparse_attention, sparse_attention_backward, tensors=7, inputs=4)
 
 
-@register_flop_formula(torch.ops.headfold.sparse_attention)
+@counted(torch.ops.headfold.sparse_attention)
 def _forward_flops(
     query: Any, key: Any, value: Any, sink: Any, indices: Any, *rest: Any, out_shape: Any = None, **_: Any
 ) -> int:
@@ -106,7 +106,7 @@ def _forward_flops(
     return attention_flops(gathered, *shape, offset=offset, ratio=ratio)
 
 
-@register_flop_formula(torch.ops.headfold.sparse_attention_backward)
+@counted(torch.ops.headfold.sparse_attention_backward)
 def _backward_flops(
     g: Any, query: Any, key: Any, value: Any, sink: Any, indices: Any, *rest: Any, out_shape: Any = None, **_: Any
 ) -> int:

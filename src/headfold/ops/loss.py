@@ -7,11 +7,11 @@ from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import register_flop_formula
 
 from headfold.backends import eager, load
 from headfold.contract import compute_dtype
 from headfold.flops import score_flops, visible_pairs
+from headfold.ops.counted import counted
 from headfold.ops.once import ONCE
 
 Result = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
@@ -148,7 +148,7 @@ def indexer_loss_in_group(reduce: Callable[[Tensor], None], *args: Any) -> Resul
     return result
 
 
-@register_flop_formula(torch.ops.headfold.indexer_loss)
+@counted(torch.ops.headfold.indexer_loss)
 def _loss_flops(q: Any, weights: Any, k: Any, query: Any, *rest: Any, out_shape: Any = None, **_: Any) -> int:
     b, sq, h, d = q
     offset, ratio, relu = rest[5:8]

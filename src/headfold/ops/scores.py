@@ -6,11 +6,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import register_flop_formula
 
 from headfold.backends import eager, load
 from headfold.contract import compute_dtype
 from headfold.flops import score_flops
+from headfold.ops.counted import counted
 from headfold.ops.once import differentiable_once, gradients_like
 
 
@@ -72,14 +72,14 @@ def _(g: Tensor, q: Tensor, weights: Tensor | None, k: Tensor, *rest: Any) -> tu
 differentiable_once("index_scores", index_scores, index_scores_backward, tensors=6)
 
 
-@register_flop_formula(torch.ops.headfold.index_scores)
+@counted(torch.ops.headfold.index_scores)
 def _forward_flops(q: Any, weights: Any, k: Any, *rest: Any, out_shape: Any = None, **_: Any) -> int:
     b, sq, h, d = q
     offset, ratio, relu = rest[3:6]
     return score_flops(b, sq, k[1], h, d, products=1, relu=relu, offset=offset, ratio=ratio)
 
 
-@register_flop_formula(torch.ops.headfold.index_scores_backward)
+@counted(torch.ops.headfold.index_scores_backward)
 def _backward_flops(g: Any, q: Any, weights: Any, k: Any, *rest: Any, out_shape: Any = None, **_: Any) -> int:
     b, sq, h, d = q
     offset, ratio, relu = rest[3:6]

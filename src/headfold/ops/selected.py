@@ -6,11 +6,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import register_flop_formula
 
 from headfold.backends import load
 from headfold.contract import compute_dtype
 from headfold.flops import score_flops
+from headfold.ops.counted import counted
 from headfold.ops.once import differentiable_once, gradients_like
 
 
@@ -75,13 +75,13 @@ def _(g: Tensor, q: Tensor, weights: Tensor | None, k: Tensor, *rest: Any) -> tu
 differentiable_once("selected_scores", selected_scores, selected_scores_backward, tensors=7)
 
 
-@register_flop_formula(torch.ops.headfold.selected_scores)
+@counted(torch.ops.headfold.selected_scores)
 def _selected_flops(q: Any, weights: Any, k: Any, indices: Any, *rest: Any, out_shape: Any = None, **_: Any) -> int:
     b, sq, h, d = q
     return score_flops(b, sq, indices[2], h, d, products=1, relu=rest[5])
 
 
-@register_flop_formula(torch.ops.headfold.selected_scores_backward)
+@counted(torch.ops.headfold.selected_scores_backward)
 def _selected_backward_flops(
     g: Any, q: Any, weights: Any, k: Any, indices: Any, *rest: Any, out_shape: Any = None, **_: Any
 ) -> int:

@@ -6,11 +6,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import register_flop_formula
 
 from headfold.backends import eager, load
 from headfold.contract import compute_dtype
 from headfold.flops import score_flops
+from headfold.ops.counted import counted
 
 
 @torch.library.custom_op("headfold::index_topk", mutates_args=())
@@ -68,7 +68,7 @@ def _(mask: Tensor, indices: Tensor, first_row: int) -> None:
     """Nothing but the mask's data changes."""
 
 
-@register_flop_formula(torch.ops.headfold.index_topk)
+@counted(torch.ops.headfold.index_topk)
 def _topk_flops(q: Any, weights: Any, k: Any, *rest: Any, out_shape: Any = None, **_: Any) -> int:
     b, sq, h, d = q
     offset, ratio, relu = rest[3:6]
