@@ -58,6 +58,8 @@ class _Finder(MetaPathFinder):
 
 
 class _Registering(Loader):
+    """Loads the counter by its own loader, which the module then names, and registers what waits for it."""
+
     def __init__(self, loader: Loader, finder: _Finder) -> None:
         self.loader, self.finder = loader, finder
 
