@@ -58,7 +58,7 @@ def selected(
     in_order: bool = True,
     held: int = 0,
 ) -> tuple[Tensor, Tensor]:
-    """Run the kernels on a slab [b, rows, sk], with little room to wait, into results full of what nobody writes.
+    """Run the kernels on a slab [b, rows, sk], with little room to wait, into results full of what nobody selects.
 
     held: keys of a row that is cut at once; capacity, where that is more.
     """
@@ -67,14 +67,14 @@ def selected(
     for buffer in vars(scratch).values():
         if isinstance(buffer, Tensor):
             buffer.fill_(-77)
-    indices = torch.full(shape, -1, dtype=torch.int64, device=slab.device)
-    scores = torch.full(shape, NEG_INF, dtype=slab.dtype, device=slab.device)
+    indices = torch.full(shape, -77, dtype=torch.int64, device=slab.device)
+    scores = torch.full(shape, -77.0, dtype=slab.dtype, device=slab.device)
     results = indices[..., :topk], scores[..., :topk]
     with mock.patch.object(triton_tiles, "_HELD", held):
         keep(slab, *results, start, end, None, 1, scratch, 0)
     finish(*results, slab.dtype, scratch)
-    assert (indices[..., topk:] == -1).all()
-    assert (scores[..., topk:] == NEG_INF).all()
+    assert (indices[..., topk:] == -77).all()
+    assert (scores[..., topk:] == -77).all()
     return results
 
 
@@ -314,6 +314,34 @@ def test_selection_is_a_stable_sort_of_the_scores(case: Case, dtype: torch.dtype
     assert torch.equal(got.scores, scores)
     eager = index_topk(q, weights, k, 7, **{**call, "impl": "eager"})
     assert torch.equal(got.indices, eager.indices)
+
+
+@pytest.mark.parametrize("in_order", [True, False])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("sq", "sk", "topk"), [(9, 5, 3), (4, 6, 9), (40, 3, 8)])
+def test_places_without_a_key_are_written_whatever_memory_held(
+    sq: int, sk: int, topk: int, dtype: torch.dtype, in_order: bool
+) -> None:
+    q, weights, k = Case(sq, sk, b=2, h=3, d=16, visible="causal").inputs(dtype)
+    assert q is not None
+    assert k is not None
+    call: dict[str, Any] = {"causal": True, "with_scores": True}
+    expected = index_topk(q, weights, k, topk, impl="eager", **call)
+    least = kernels.selection_plan(q.transpose(0, 1), k.transpose(0, 1), True, topk, 0)
+    if sq > least.least:  # rows that see nothing are in no slab
+        assert next(least.slabs(2, sq, lambda row: max(0, row + 1 + sk - sq))).row > 0
+    torch.use_deterministic_algorithms(mode=True)  # what is allocated is filled: with NaN, or the largest integer
+    try:
+        assert (torch.empty(3, dtype=torch.int32, device=DEVICE) == 2**31 - 1).all()
+        got = index_topk(q, weights, k, topk, impl="triton", sorted=in_order, workspace=least.scratch_bytes, **call)
+    finally:
+        torch.use_deterministic_algorithms(mode=False)
+    missing = expected.indices < 0
+    assert missing.any()
+    assert got.scores is not None
+    assert torch.equal(got.indices < 0, missing)
+    assert (got.scores[missing] == NEG_INF).all()
+    assert torch.equal(got.indices.sort(-1).values, expected.indices.sort(-1).values)
 
 
 def test_topk_of_every_size_and_index_dtype() -> None:

@@ -15,7 +15,11 @@ from headfold.backends.triton.pivots import count_above, narrowed, pivots
 # sample costs time only.
 DEVIATIONS = tl.constexpr(4.5)
 # As a share of the sample's keys above it, by how many more than are wanted the pivot is near enough.
-SLACK = tl.constexpr(32)
+SLACK = tl.constexpr(16)
+# Deviations of a normal distribution from the least to the greatest of some thousand values.
+RANGE = tl.constexpr(7.0)
+# Scores as large as this are left out of a sample's mean: the others may be added up.
+LARGE = tl.constexpr(1e30)
 
 
 @triton.jit
@@ -27,11 +31,30 @@ def _near(order, a, b, more, fewer, least, slack, TOP: tl.constexpr):
     """
     steps = tl.zeros((), tl.int32)
     while (a + 1 < b) & (more > least + slack):
-        lower, middle, upper = pivots(a, b, more, fewer, least, steps, TOP)
+        lower, middle, upper = pivots(a, b, more, fewer, least + slack // 2, steps, TOP)
         over, over_middle, over_upper = count_above(order, lower, middle, upper)
         a, b, more, fewer = narrowed(a, b, more, fewer, least, lower, middle, upper, over, over_middle, over_upper)
         steps += 1
     return a, b, more
+
+
+@triton.jit
+def _quantile(share):
+    """Return how many deviations above its mean a share of a normal distribution begins, to about 0.003.
+
+    Hastings' approximation (Abramowitz and Stegun, 26.2.22), of the tail that is the smaller.
+    """
+    t = tl.sqrt(-2 * tl.log(tl.minimum(share, 1 - share)))
+    far = t - (2.30753 + 0.27061 * t) / (1 + 0.99229 * t + 0.04481 * t * t)
+    return tl.where(share > 0.5, -far, far)
+
+
+@triton.jit
+def _guess(mean, deviation, count, a, b, SAMPLE: tl.constexpr, TOP: tl.constexpr):
+    """Return an order between two that about `count` of a sample are above, were it normal."""
+    share = tl.minimum(tl.maximum(count / SAMPLE, 1 / SAMPLE), 1 - 1 / SAMPLE)
+    likely = mean + deviation * _quantile(share).to(mean.dtype)
+    return tl.maximum(tl.minimum(ordered(bits_of(likely), TOP), b - 1), a + 1)
 
 
 @triton.jit
@@ -41,27 +64,42 @@ def sampled(
 ):  # fmt: skip
     """Return two pivots, from an even sample of the row, with probably the cut between them and at most capacity keys.
 
-    Neither is past the order of an infinity, as what is above is told by comparing floats.
+    Both are looked for from three guesses on, as scores that sum over many heads are nearly normal. Neither is past the
+    order of an infinity, as what is above is told by comparing floats.
     """
     i = places(0, SAMPLE // WIDE, WIDE).to(tl.int64)
-    order = ordered(bits_of(tl.load(scores + low + i * n // SAMPLE)), TOP)
+    x = tl.load(scores + low + i * n // SAMPLE)
+    order = ordered(bits_of(x), TOP)
     share = topk.to(tl.float32) / n.to(tl.float32)
     spare = (capacity - topk).to(tl.float32) / n.to(tl.float32) * SAMPLE / 2
     apart = tl.minimum(DEVIATIONS * tl.sqrt(SAMPLE * share * (1 - share)) + 2, spare)
     least, most = tl.ceil(SAMPLE * share + apart).to(tl.int32), tl.floor(SAMPLE * share - apart).to(tl.int32)
+    slack, slack_upper = least // SLACK, most // SLACK
     infinite: tl.constexpr = -BOTTOM - 1
     a = tl.minimum(tl.maximum(tl.min(tl.min(order, axis=1), axis=0) - 1, BOTTOM), infinite)
     b = tl.minimum(tl.max(tl.max(order, axis=1), axis=0), infinite)
-    more, fewer = tl.full((), SAMPLE, tl.int32), tl.zeros((), tl.int32)
-    if least > SAMPLE:
-        a = tl.full((), BOTTOM, order.dtype)
-    else:
-        a, _, more = _near(order, a, b, more, fewer, least, least // SLACK, TOP)
-    upper = tl.full((), infinite, order.dtype)
+    mean = tl.sum(tl.sum(tl.where(tl.abs(x) < LARGE, x, 0.0), axis=1), axis=0) / SAMPLE
+    deviation = (tl.minimum(scores_of(b, TOP), LARGE) - tl.maximum(scores_of(a, TOP), -LARGE)) / RANGE
+    lower = _guess(mean, deviation, least + slack / 2, a, b, SAMPLE, TOP)
+    middle = tl.maximum(_guess(mean, deviation, SAMPLE * share, a, b, SAMPLE, TOP), lower)
+    upper = tl.maximum(_guess(mean, deviation, most - slack_upper / 2, a, b, SAMPLE, TOP), middle)
+    over, over_middle, over_upper = count_above(order, lower, middle, upper)
+    every, none = tl.full((), SAMPLE, tl.int32), tl.zeros((), tl.int32)
+    pivot = tl.full((), BOTTOM, order.dtype)
+    if least <= SAMPLE:
+        below, above, more, fewer = narrowed(
+            a, b, every, none, least, lower, middle, upper, over, over_middle, over_upper
+        )
+        pivot, _, _ = _near(order, below, above, more, fewer, least, slack, TOP)
+    pivot_upper = tl.full((), infinite, order.dtype)
     if most > 0:
-        below, above, many = _near(order, a, b, more, fewer, most - most // SLACK, most // SLACK, TOP)
-        upper = tl.where(many <= most, below, above)
-    return a, upper
+        wanted = most - slack_upper
+        below, above, more, fewer = narrowed(
+            a, b, every, none, wanted, lower, middle, upper, over, over_middle, over_upper
+        )
+        below, above, many = _near(order, below, above, more, fewer, wanted, slack_upper, TOP)
+        pivot_upper = tl.where(many <= most, below, above)
+    return pivot, tl.maximum(pivot_upper, pivot)
 
 
 @triton.jit

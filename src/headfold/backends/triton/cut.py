@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 
 from headfold.backends.triton.orders import between, bits_of, numbered, ordered, places, scores_of, taken
-from headfold.backends.triton.pivots import count_above, count_true, narrowed, pivots
+from headfold.backends.triton.pivots import count_true, narrowed, pivots, tally, totals
 
 
 @triton.jit
@@ -36,38 +36,49 @@ def _keys(row, keys, first, wanted, PACKED: tl.constexpr, HELD: tl.constexpr, WI
 
 
 @triton.jit
-def _ends(order, a, b, BOTTOM: tl.constexpr, TOP: tl.constexpr):
-    """Return the lesser of a and what all orders above BOTTOM are above, the greatest order or b, and how many."""
+def _ends(order, BOTTOM: tl.constexpr, TOP: tl.constexpr):
+    """Return of each thread: the least of its orders above BOTTOM, or TOP, the greatest, and how many are above it."""
     seen = order > BOTTOM
-    a = tl.minimum(a, tl.min(tl.min(tl.where(seen, order, TOP), axis=1), axis=0) - 1)
-    return a, tl.maximum(b, tl.max(tl.max(order, axis=1), axis=0)), count_true(seen)
+    return tl.min(tl.where(seen, order, TOP), axis=1), tl.max(order, axis=1), tl.sum(seen.to(tl.int32), axis=1)
 
 
 @triton.jit
 def _find(
-    order, row, keys, n, topk, end,
+    order, row, keys, n, topk, end, a, b,
     BOTTOM: tl.constexpr, TOP: tl.constexpr, PACKED: tl.constexpr, HELD: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """Return (order, key): the best topk of a row are above the order, or have it with a smaller key.
 
     order: of the first places, which stay in registers; others are read again for each step.   end: past all keys.
+    a, b: as of `cut`.
     """
     STEP: tl.constexpr = HELD * WIDE
-    a, b, more = _ends(order, tl.full((), TOP, order.dtype), tl.full((), BOTTOM, order.dtype), BOTTOM, TOP)
-    for first in range(STEP, n, STEP):
-        a, b, others = _ends(_orders(row, keys, first, n, BOTTOM, TOP, PACKED, HELD, WIDE), a, b, BOTTOM, TOP)
-        more += others
+    OFTEN: tl.constexpr = 1023 // HELD
+    more = n
+    if a == BOTTOM:
+        least, greatest, seen = _ends(order, BOTTOM, TOP)
+        for first in range(STEP, n, STEP):
+            other = _orders(row, keys, first, n, BOTTOM, TOP, PACKED, HELD, WIDE)
+            some_least, some_greatest, some_seen = _ends(other, BOTTOM, TOP)
+            least, greatest = tl.minimum(least, some_least), tl.maximum(greatest, some_greatest)
+            seen += some_seen
+        a, b, more = tl.min(least, axis=0) - 1, tl.max(greatest, axis=0), tl.sum(seen, axis=0)
     if more <= topk:
         a, b = tl.full((), BOTTOM, order.dtype), tl.full((), BOTTOM, order.dtype)
     # More than topk are above a, and at most topk above b.
     fewer, steps = tl.zeros((), tl.int32), tl.zeros((), tl.int32)
     while (a + 1 < b) & (fewer < topk):
         lower, middle, upper = pivots(a, b, more, fewer, topk, steps, TOP)
-        over, over_middle, over_upper = count_above(order, lower, middle, upper)
+        each = tally(order, lower, middle, upper)
+        over, over_middle, over_upper = tl.zeros((), tl.int32), tl.zeros((), tl.int32), tl.zeros((), tl.int32)
         for first in range(STEP, n, STEP):
-            other = _orders(row, keys, first, n, BOTTOM, TOP, PACKED, HELD, WIDE)
-            others, others_middle, others_upper = count_above(other, lower, middle, upper)
-            over, over_middle, over_upper = over + others, over_middle + others_middle, over_upper + others_upper
+            if first % (OFTEN * STEP) == 0:
+                some, some_middle, some_upper = totals(each)
+                over, over_middle, over_upper = over + some, over_middle + some_middle, over_upper + some_upper
+                each = tl.zeros_like(each)
+            each += tally(_orders(row, keys, first, n, BOTTOM, TOP, PACKED, HELD, WIDE), lower, middle, upper)
+        some, some_middle, some_upper = totals(each)
+        over, over_middle, over_upper = over + some, over_middle + some_middle, over_upper + some_upper
         a, b, more, fewer = narrowed(a, b, more, fewer, topk + 1, lower, middle, upper, over, over_middle, over_upper)
         steps += 1
     until = tl.zeros((), tl.int32)
@@ -88,17 +99,18 @@ def _find(
 
 @triton.jit
 def cut(
-    row, keys, n, topk, end, indices, results,
+    row, keys, n, topk, end, a, b, indices, results,
     BOTTOM: tl.constexpr, TOP: tl.constexpr, PACKED: tl.constexpr, HELD: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """Write the best topk of a row of n places, in no order, and return how many they are: none scores -inf.
 
     row: scores, whose first has the key `keys`; or with PACKED, bits with their keys, or with `keys` beside them.
+    a, b: orders, of which all that count are above the one and none is above the other; found first where a is BOTTOM.
     indices, results: where keys and scores of a row are written, dense; results may be None.   end: past all keys.
     HELD · WIDE places stay in registers; others are read again for each step.
     """
     order = _orders(row, keys, 0, n, BOTTOM, TOP, PACKED, HELD, WIDE)
-    order_cut, key_cut = _find(order, row, keys, n, topk, end, BOTTOM, TOP, PACKED, HELD, WIDE)
+    order_cut, key_cut = _find(order, row, keys, n, topk, end, a, b, BOTTOM, TOP, PACKED, HELD, WIDE)
     written = tl.zeros((), tl.int32)
     for first in range(0, n, HELD * WIDE):
         if first > 0:

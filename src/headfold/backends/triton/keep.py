@@ -31,6 +31,7 @@ def _best(
         tl.debug_barrier()
         sure = tl.zeros((), tl.int32)
         kept = search(scores, found, found_key, low, high, topk, capacity, BOTTOM, TOP, DEEP, WIDE)
+        a, b = tl.full((), BOTTOM, a.dtype), tl.full((), BOTTOM, b.dtype)
     tl.debug_barrier()
     write(found, found_key, sure, indices, results, TOP, DEEP, WIDE)
     indices += sure
@@ -39,7 +40,7 @@ def _best(
     found += capacity - kept
     if found_key is not None:
         found_key += capacity - kept
-    return sure + cut(found, found_key, kept, topk - sure, sk, indices, results, BOTTOM, TOP, True, HELD, WIDE)
+    return sure + cut(found, found_key, kept, topk - sure, sk, a, b, indices, results, BOTTOM, TOP, True, HELD, WIDE)
 
 
 @triton.jit(
@@ -82,7 +83,7 @@ def keep_kernel(
     HELD: tl.constexpr,
     WIDE: tl.constexpr,
 ):
-    """Write the best topk keys of a row that score above -inf, in no order.
+    """Write the best topk keys of a row that score above -inf, in no order, and -1 and -inf where it runs out of them.
 
     indices: the keys [batches, rows, topk], dense along topk.   results: their scores, or None.
     count: int32, how many there are, of rows of all batches from first_line on.
@@ -105,11 +106,12 @@ def keep_kernel(
     lows, highs = row_bounds(rows, rows >= 0, sk, start, end, start_row, end_row, offset, RATIO, HAS_OFFSET)
     low, high = tl.max(lows, axis=0), tl.max(highs, axis=0)
     n = tl.maximum(high - low, 0)
+    none = tl.full((), BOTTOM, tl.int64 if scores.dtype.element_ty.primitive_bitwidth == 64 else tl.int32)
 
     if SAMPLE == 0:  # noqa: SIM114 (known when compiled: then there is no other way)
-        many = cut(scores + low, low, n, topk, sk, indices, results, BOTTOM, TOP, False, HELD, WIDE)
+        many = cut(scores + low, low, n, topk, sk, none, none, indices, results, BOTTOM, TOP, False, HELD, WIDE)
     elif n <= at_once:
-        many = cut(scores + low, low, n, topk, sk, indices, results, BOTTOM, TOP, False, HELD, WIDE)
+        many = cut(scores + low, low, n, topk, sk, none, none, indices, results, BOTTOM, TOP, False, HELD, WIDE)
     else:
         found += place * capacity
         if found_key is not None:
@@ -119,3 +121,8 @@ def keep_kernel(
             BOTTOM, TOP, SAMPLE, DEEP, HELD, WIDE,
         )  # fmt: skip
     tl.store(count + first_line + place, many)
+    for first in range(many, topk, WIDE):
+        i = first + tl.arange(0, WIDE)
+        tl.store(indices + i, tl.full((WIDE,), -1, indices.dtype.element_ty), mask=i < topk)
+        if results is not None:
+            tl.store(results + i, tl.full((WIDE,), float("-inf"), results.dtype.element_ty), mask=i < topk)

@@ -50,8 +50,9 @@ def order_kernel(
     LANES: tl.constexpr,
     PAIRS: tl.constexpr,
 ):
-    """Put the first keys of a row's indices in order, the best first, and write their scores; at most 2 ** LOG.
+    """Put the first keys of a row's indices in order, the best first, and write their scores, and -inf behind them.
 
+    There are at most 2 ** LOG.
     bits: [lines, topk], of the keys' scores, which become orders and move with them.   count: [lines], how many.
     """
     row, batch = tl.program_id(0), tl.program_id(2).to(tl.int64)
@@ -90,7 +91,8 @@ def order_kernel(
                 tl.debug_barrier()
     if scores is not None:
         scores += batch * scores_batch + row.to(tl.int64) * scores_row
-        tl.store(scores + e, scores_of(tl.load(bits + e, mask=e < many, other=0), TOP), mask=e < many)
+        best = scores_of(tl.load(bits + e, mask=e < many, other=0), TOP)
+        tl.store(scores + e, tl.where(e < many, best, float("-inf")), mask=e < topk)
 
 
 @triton.jit(do_not_specialize=["topk", "blocks", "period", "apart", "indices_batch", "indices_row"])

@@ -39,16 +39,32 @@ def count_true(which):
 
 
 @triton.jit
-def count_above(order, first, middle, last):
-    """Return how many orders [wide, deep] are above each of three pivots, of which none is below one before it.
+def tally(order, first, middle, last):
+    """Return how many of a thread's orders [wide, deep] are above each of three pivots, three counts in one integer.
 
-    A thread's three counts, of fewer than 2 ** 10, are one integer, and those of all threads, of fewer than 2 ** 20.
+    None of the pivots is below one before it. Of up to 1023 orders of a thread, tallies may be added up.
     """
-    above = tl.where(order > last, 0x100401, tl.where(order > middle, 0x401, tl.where(order > first, 1, 0)))
-    each = tl.sum(above, axis=1)
-    spread = (each & 0x3FF).to(tl.int64) | ((each & 0xFFC00).to(tl.int64) << 10) | ((each >> 20).to(tl.int64) << 40)
+    return tl.sum(
+        tl.where(order > last, 0x100401, tl.where(order > middle, 0x401, tl.where(order > first, 1, 0))), axis=1
+    )
+
+
+@triton.jit
+def totals(each):
+    """Return three counts of all threads, fewer than 2 ** 20 of each, given what `tally` said of them."""
+    WARPS: tl.constexpr = each.shape[0] // 32
+    # Two of a warp's counts fit one integer: lanes are added up in one instruction, and warps in one sum.
+    near = tl.sum(tl.reshape((each & 0x3FF) | ((each & 0xFFC00) << 6), (WARPS, 32)), axis=1).to(tl.uint32, bitcast=True)
+    far = tl.sum(tl.reshape(each >> 20, (WARPS, 32)), axis=1)
+    spread = (near & 0xFFFF).to(tl.int64) | ((near >> 16).to(tl.int64) << 20) | (far.to(tl.int64) << 40)
     every = tl.sum(spread, axis=0)
     return (every & 0xFFFFF).to(tl.int32), ((every >> 20) & 0xFFFFF).to(tl.int32), (every >> 40).to(tl.int32)
+
+
+@triton.jit
+def count_above(order, first, middle, last):
+    """Return how many orders [wide, deep] are above each of three pivots, of which none is below one before it."""
+    return totals(tally(order, first, middle, last))
 
 
 @triton.jit

@@ -114,9 +114,6 @@ def select(
     indices: int32 or int64 [b, rows, topk], dense along topk, which is the scratch's.   scores: as indices, in the
     slab's dtype, or None.   The rest is as of `keep`.
     """
-    indices.fill_(-1)
-    if scores is not None:
-        scores.fill_(float("-inf"))
     keep(slab, indices, scores, start, end, offset, ratio, scratch, 0)
     finish(indices, scores, slab.dtype, scratch)
 
@@ -132,7 +129,7 @@ def keep(
     scratch: Scratch,
     line: int,
 ) -> None:
-    """Write the best topk keys of every row of a slab, in no order: to indices and scores that hold -1 and -inf.
+    """Write the best topk keys of every row of a slab, in no order, and -1 and -inf where a row runs out.
 
     They are results, unless the scratch is for rows in order: then `finish` takes them, and its lines from `line` on,
     which are written too.

@@ -46,11 +46,18 @@ def index_topk(
     """Indices [b, sq, topk] of a checked, batch-first call and their scores if asked for, in the total order or any."""
     b, sq, sk = q.shape[0], q.shape[1], k.shape[1]
     dtype = compute_dtype(q.dtype)
-    indices = torch.full((b, sq, topk), -1, dtype=index_dtype, device=q.device)
-    scores = torch.full((b, sq, topk), NEG_INF, dtype=dtype, device=q.device) if with_scores else None
+    indices = torch.empty(b, sq, topk, dtype=index_dtype, device=q.device)
+    scores = torch.empty(b, sq, topk, dtype=dtype, device=q.device) if with_scores else None
     if indices.numel() == 0 or sk == 0:
+        _clear(indices, scores)
         return indices, scores
     plan = selection_plan(q, k, relu, topk, workspace, in_order)
+    parts, most = _slabs(plan, b, sq, sk, offset, ratio), plan.kept.topk
+    unseen = parts[0].row if parts else sq  # rows that the static bound bars from every key are in no slab
+    if unseen:
+        _clear(indices[:, :unseen], None if scores is None else scores[:, :unseen])
+    if most < topk:
+        _clear(indices[..., most:], None if scores is None else scores[..., most:])
     buffer = torch.empty(plan.elements, dtype=dtype, device=q.device)
     scratch = Scratch(plan.kept, q.device)
     call = Slab(q, weights, k, start, end, bias, offset, ratio, scale)
@@ -63,6 +70,13 @@ def index_topk(
     return indices, scores
 
 
+def _clear(indices: Tensor, scores: Tensor | None) -> None:
+    """Write that there are no keys."""
+    indices.fill_(-1)
+    if scores is not None:
+        scores.fill_(NEG_INF)
+
+
 def _fold(
     indices: Tensor,
     scores: Tensor | None,
@@ -73,7 +87,7 @@ def _fold(
     *,
     relu: bool,
 ) -> None:
-    """Write to indices and scores [b, sq, topk], which hold -1 and -inf."""
+    """Write to indices and scores [b, sq, topk], but for rows that are in no slab and places past all keys."""
     b, sq, topk = indices.shape
     most = plan.kept.topk
     every = [x if x is None else x.view(1, b * sq, topk)[..., :most] for x in (indices, scores)]
