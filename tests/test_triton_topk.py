@@ -26,6 +26,7 @@ from headfold.backends.triton import select as selecting
 from headfold.backends.triton import topk as topk_kernels
 from headfold.backends.triton.launches import Slab
 from headfold.backends.triton.select import Scratch, finish, keep, rounds
+from headfold.backends.triton.table import arch_of
 
 NEG_INF, INF, NAN = float("-inf"), float("inf"), float("nan")
 DTYPES = [torch.float32, torch.float64]
@@ -63,16 +64,21 @@ def selected(
     held: keys of a row that is cut at once; capacity, where that is more.
     """
     shape, rows = (*slab.shape[:2], topk + 1), slab.shape[0] * slab.shape[1]
-    scratch = Scratch(Kept(rows, rows, topk, max(topk, capacity), slab.itemsize, in_order), slab.device)
-    for buffer in vars(scratch).values():
+    lists = selecting.row_of(arch_of(slab.device), slab.shape[2]).warps
+    scratch = Scratch(Kept(rows, rows, topk, max(topk, capacity, lists), slab.itemsize, in_order), slab.device)
+    behind = []
+    for name, buffer in vars(scratch).items():
         if isinstance(buffer, Tensor):
-            buffer.fill_(-77)
+            longer = buffer.new_full((buffer.numel() + 1000,), -77)
+            setattr(scratch, name, longer[: buffer.numel()])
+            behind.append(longer[buffer.numel() :])
     indices = torch.full(shape, -77, dtype=torch.int64, device=slab.device)
     scores = torch.full(shape, -77.0, dtype=slab.dtype, device=slab.device)
     results = indices[..., :topk], scores[..., :topk]
     with mock.patch.object(triton_tiles, "_HELD", held):
         keep(slab, *results, start, end, None, 1, scratch, 0)
     finish(*results, slab.dtype, scratch)
+    assert all((buffer == -77).all() for buffer in behind)
     assert (indices[..., topk:] == -77).all()
     assert (scores[..., topk:] == -77).all()
     return results
@@ -189,6 +195,28 @@ def test_a_misleading_sample_costs_time_and_nothing_else(kind: str, dtype: torch
     assert_in_order(slab, topk, ordered)
     for one, other in zip(selected(slab, topk, capacity, in_order=False), ordered, strict=True):
         assert torch.equal(one.nan_to_num().sort(-1).values, other.nan_to_num().sort(-1).values)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    "topk", [100, 200]
+)  # its list is too short for what is near the cut too, or for the best alone
+@pytest.mark.parametrize("last", [False, True])
+def test_a_warp_that_finds_nearly_all_has_too_short_a_list(last: bool, topk: int, dtype: torch.dtype) -> None:
+    warps = selecting.row_of(arch_of(DEVICE), 1280).warps
+    warp = torch.arange(1280) // 32 % warps
+    slab = torch.rand(1, 2, 1280, generator=torch.Generator().manual_seed(0), dtype=dtype)
+    slab[..., warp == (warps - 1 if last else 0)] += 1
+    assert_in_order(slab, topk, selected(slab.to(DEVICE), topk, 260))
+
+
+def test_a_list_is_no_longer_than_its_places_have_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
+    few = (tile._replace(held=256, deep=256) if tile.arch == "cpu" else tile for tile in selecting.TILES)
+    monkeypatch.setattr(selecting, "TILES", tuple(few))
+    slab = torch.rand(1, 1, 150_000, generator=torch.Generator().manual_seed(0))
+    topk = 34_000 * selecting.row_of(arch_of(DEVICE), 150_000).warps
+    best, _ = selected(slab.to(DEVICE), min(topk, 140_000), 148_000, in_order=False)
+    assert torch.equal(best.cpu().sort().values, slab.topk(best.shape[-1]).indices.sort().values)
 
 
 @pytest.mark.parametrize("order", ["rising", "falling", "mixed"])

@@ -35,8 +35,9 @@ PADDING = 64
 # Keys of a row that is cut at once.
 _HELD = 4096
 # Keys of a longer row that may be put aside, in rows of up to so many keys: a multiple of those wanted, and the least.
-# They have to hold what lies above the lower pivot of a sample, which is more in longer rows. 15 MiB are 512 of 3840.
-_CAPACITIES = ((65536, 15 / 8, 3840), (None, 3, 6144))
+# They have to hold what lies above the lower pivot of a sample, which is more in longer rows, in a list for each warp:
+# some are longer than others. 16 MiB are 512 of 4096.
+_CAPACITIES = ((65536, 2, 4096), (None, 7 / 2, 7168))
 # The sorting network takes two blocks in registers: as many as are kept, or two of these at a time.
 _SORTED = 1024
 _KEY = 4  # bytes of an int32

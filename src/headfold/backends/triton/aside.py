@@ -8,7 +8,17 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from headfold.backends.triton.orders import bits_of, numbered_apart, ordered, places, put, scores_of, taken
+from headfold.backends.triton.orders import (
+    TOGETHER,
+    bits_of,
+    numbered_apart,
+    ordered,
+    places,
+    put,
+    scores_of,
+    spots,
+    taken,
+)
 from headfold.backends.triton.pivots import count_above, narrowed, pivots
 
 # Deviations of the sample's count that the pivots lie from the cut, where there is room for what lies between; a wrong
@@ -71,7 +81,8 @@ def sampled(
     x = tl.load(scores + low + i * n // SAMPLE)
     order = ordered(bits_of(x), TOP)
     share = topk.to(tl.float32) / n.to(tl.float32)
-    spare = (capacity - topk).to(tl.float32) / n.to(tl.float32) * SAMPLE / 2
+    # Lists are not equally long: an eighth of the room is left to those that are longer.
+    spare = tl.maximum(capacity - capacity // 8 - topk, 0).to(tl.float32) / n.to(tl.float32) * SAMPLE / 2
     apart = tl.minimum(DEVIATIONS * tl.sqrt(SAMPLE * share * (1 - share)) + 2, spare)
     least, most = tl.ceil(SAMPLE * share + apart).to(tl.int32), tl.floor(SAMPLE * share - apart).to(tl.int32)
     slack, slack_upper = least // SLACK, most // SLACK
@@ -110,50 +121,52 @@ def _above(x, pivot, TOP: tl.constexpr):
 
 
 @triton.jit
-def _step(scores, found, found_key, t, x, a, b, sure, kept, capacity, TOP: tl.constexpr):
-    """Put keys t with scores x aside that are above b, or above a alone, and return how many of each there are now.
-
-    Where there is no room for both, this step puts none aside.
-    """
+def _step(scores, found, found_key, t, x, a, b, sure, kept, room, TOP: tl.constexpr):
+    """Put keys t with scores x aside that are above b, or above a alone; return how many of each there are [warps]."""
     aside, best = _above(x, a, TOP), _above(x, b, TOP)
-    place, many, many_near = numbered_apart(aside, best, sure, capacity - 1 - kept)
-    if sure + many + kept + many_near <= capacity:
-        put(found, found_key, place, bits_of(x), t, aside)
-    return sure + many, kept + many_near
-
-
-@triton.jit
-def walk(
-    scores, found, found_key, low, n, a, b, capacity,
-    TOP: tl.constexpr, DEEP: tl.constexpr, WIDE: tl.constexpr,
-):  # fmt: skip
-    """Put aside of n keys those above b, and from the end of the room those above a alone; return how many of each.
-
-    Where there is no room for all of them, some are missing.
-    """
-    STEP: tl.constexpr = DEEP * WIDE
-    sure, kept = tl.zeros((), tl.int32), tl.zeros((), tl.int32)
-    whole = low + n // STEP * STEP
-    t = places(low, DEEP, WIDE)
-    x = tl.load(scores + t, mask=tl.full((WIDE, DEEP), low, tl.int32) < whole)
-    for first in range(low, whole, STEP):
-        t = places(first, DEEP, WIDE)
-        more = tl.full((WIDE, DEEP), first + STEP, tl.int32) < whole
-        coming = tl.load(scores + t + STEP, mask=more)  # it is on its way meanwhile
-        sure, kept = _step(scores, found, found_key, t, x, a, b, sure, kept, capacity, TOP)
-        x = coming
-    if whole < low + n:
-        t = places(whole, DEEP, WIDE)
-        x = tl.load(scores + t, mask=t < low + n, other=float("-inf"))
-        sure, kept = _step(scores, found, found_key, t, x, a, b, sure, kept, capacity, TOP)
+    place, sure, kept = numbered_apart(aside, best, sure, kept, room)
+    put(found, found_key, place, bits_of(x), t, aside)
     return sure, kept
 
 
 @triton.jit
-def write(found, found_key, many, indices, results, TOP: tl.constexpr, DEEP: tl.constexpr, WIDE: tl.constexpr):
-    """Write the first keys that were put aside, and their scores."""
-    for first in range(0, many, DEEP * WIDE):
-        i = places(first, DEEP, WIDE)
+def walk(
+    scores, found, found_key, low, n, a, b, room,
+    TOP: tl.constexpr, DEEP: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    """Put aside of n keys those above b, and those above a alone, and return how many of each [warps].
+
+    found, found_key: where a thread's list starts [wide, 1], which its warp shares. It has `room` places: the former
+    are put there from its start on, the latter from its end. Where it is too short for both, some are missing.
+    """
+    STEP: tl.constexpr = DEEP * WIDE
+    WARPS: tl.constexpr = WIDE // TOGETHER
+    sure, kept = tl.zeros((WARPS,), tl.int32), tl.zeros((WARPS,), tl.int32)
+    whole = low + n // STEP * STEP
+    x = tl.load(scores + places(low, DEEP, WIDE), mask=tl.full((WIDE, DEEP), low, tl.int32) < whole)
+    for first in range(low, whole, STEP):
+        # What is taken next is on its way meanwhile, the last step once more: a mask would take an instruction a key.
+        y = tl.load(
+            scores + places(tl.minimum(first, whole - 2 * STEP) + STEP, DEEP, WIDE), eviction_policy="evict_first"
+        )
+        sure, kept = _step(scores, found, found_key, places(first, DEEP, WIDE), x, a, b, sure, kept, room, TOP)
+        x = y
+    if whole < low + n:
+        t = places(whole, DEEP, WIDE)
+        x = tl.load(scores + t, mask=t < low + n, other=float("-inf"))
+        sure, kept = _step(scores, found, found_key, t, x, a, b, sure, kept, room, TOP)
+    return sure, kept
+
+
+@triton.jit
+def write(found, found_key, many, longest, indices, results, TOP: tl.constexpr, DEEP: tl.constexpr, WIDE: tl.constexpr):
+    """Write the first keys of every list, and their scores.
+
+    found, found_key, many: of a thread's list [wide, 1], where it starts, and how many of its keys are written, at most
+    `longest`.   indices, results: where to.
+    """
+    for first in range(0, longest, DEEP * TOGETHER):
+        i = spots(first, DEEP, WIDE)
         bits, key = taken(found, found_key, i, i < many)
         tl.store(indices + i, key.to(indices.dtype.element_ty), mask=i < many)
         if results is not None:

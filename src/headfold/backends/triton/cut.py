@@ -5,20 +5,31 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from headfold.backends.triton.orders import between, bits_of, numbered, ordered, places, scores_of, taken
+from headfold.backends.triton.orders import (
+    TOGETHER,
+    between,
+    bits_of,
+    numbered,
+    ordered,
+    places,
+    scores_of,
+    spots,
+    taken,
+)
 from headfold.backends.triton.pivots import count_true, narrowed, pivots, tally, totals
 
 
 @triton.jit
-def _orders(
+def orders(
     row, keys, first, n,
     BOTTOM: tl.constexpr, TOP: tl.constexpr, PACKED: tl.constexpr, HELD: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    """Return the orders of places from `first` on, of those past n BOTTOM.   PACKED: bits, with a key or beside it."""
-    i = places(first, HELD, WIDE)
+    """Return the orders of places from `first` on, of those past n BOTTOM.   PACKED: lists of bits and keys."""
     if not PACKED:
+        i = places(first, HELD, WIDE)
         order = ordered(bits_of(tl.load(row + i, mask=i < n, other=float("-inf"))), TOP)
     else:
+        i = spots(first, HELD, WIDE)
         bits, _ = taken(row, keys, i, i < n)
         order = tl.where(i < n, ordered(bits, TOP), BOTTOM)
     return order
@@ -26,12 +37,11 @@ def _orders(
 
 @triton.jit
 def _keys(row, keys, first, wanted, PACKED: tl.constexpr, HELD: tl.constexpr, WIDE: tl.constexpr):
-    """Return the keys of places from `first` on that are wanted.   keys: of scores, the first; a row of them; None."""
-    i = places(first, HELD, WIDE)
+    """Return the keys of places from `first` on that are wanted.   keys: of scores, the first."""
     if not PACKED:
-        key = keys + i
+        key = keys + places(first, HELD, WIDE)
     else:
-        _, key = taken(row, keys, i, wanted)
+        _, key = taken(row, keys, spots(first, HELD, WIDE), wanted)
     return key
 
 
@@ -44,7 +54,7 @@ def _ends(order, BOTTOM: tl.constexpr, TOP: tl.constexpr):
 
 @triton.jit
 def _find(
-    order, row, keys, n, topk, end, a, b,
+    order, row, keys, n, longest, many, topk, end, a, b,
     BOTTOM: tl.constexpr, TOP: tl.constexpr, PACKED: tl.constexpr, HELD: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """Return (order, key): the best topk of a row are above the order, or have it with a smaller key.
@@ -52,13 +62,13 @@ def _find(
     order: of the first places, which stay in registers; others are read again for each step.   end: past all keys.
     a, b: as of `cut`.
     """
-    STEP: tl.constexpr = HELD * WIDE
+    STEP: tl.constexpr = HELD * (TOGETHER if PACKED else WIDE)
     OFTEN: tl.constexpr = 1023 // HELD
-    more = n
+    more = many
     if a == BOTTOM:
         least, greatest, seen = _ends(order, BOTTOM, TOP)
-        for first in range(STEP, n, STEP):
-            other = _orders(row, keys, first, n, BOTTOM, TOP, PACKED, HELD, WIDE)
+        for first in range(STEP, longest, STEP):
+            other = orders(row, keys, first, n, BOTTOM, TOP, PACKED, HELD, WIDE)
             some_least, some_greatest, some_seen = _ends(other, BOTTOM, TOP)
             least, greatest = tl.minimum(least, some_least), tl.maximum(greatest, some_greatest)
             seen += some_seen
@@ -71,12 +81,12 @@ def _find(
         lower, middle, upper = pivots(a, b, more, fewer, topk, steps, TOP)
         each = tally(order, lower, middle, upper)
         over, over_middle, over_upper = tl.zeros((), tl.int32), tl.zeros((), tl.int32), tl.zeros((), tl.int32)
-        for first in range(STEP, n, STEP):
-            if first % (OFTEN * STEP) == 0:
+        for first in range(STEP, longest, STEP):
+            if first // STEP % OFTEN == 0:
                 some, some_middle, some_upper = totals(each)
                 over, over_middle, over_upper = over + some, over_middle + some_middle, over_upper + some_upper
                 each = tl.zeros_like(each)
-            each += tally(_orders(row, keys, first, n, BOTTOM, TOP, PACKED, HELD, WIDE), lower, middle, upper)
+            each += tally(orders(row, keys, first, n, BOTTOM, TOP, PACKED, HELD, WIDE), lower, middle, upper)
         some, some_middle, some_upper = totals(each)
         over, over_middle, over_upper = over + some, over_middle + some_middle, over_upper + some_upper
         a, b, more, fewer = narrowed(a, b, more, fewer, topk + 1, lower, middle, upper, over, over_middle, over_upper)
@@ -88,8 +98,8 @@ def _find(
         while until + 1 < last:
             key = between(until, last)
             ties = count_true((order == b) & (_keys(row, keys, 0, order == b, PACKED, HELD, WIDE) < key))
-            for first in range(STEP, n, STEP):
-                equal = _orders(row, keys, first, n, BOTTOM, TOP, PACKED, HELD, WIDE) == b
+            for first in range(STEP, longest, STEP):
+                equal = orders(row, keys, first, n, BOTTOM, TOP, PACKED, HELD, WIDE) == b
                 ties += count_true(equal & (_keys(row, keys, first, equal, PACKED, HELD, WIDE) < key))
             last = tl.where(fewer + ties >= topk, key, last)
             until = tl.where(fewer + ties >= topk, until, key)
@@ -99,7 +109,7 @@ def _find(
 
 @triton.jit
 def cut(
-    row, keys, n, topk, end, a, b, indices, results,
+    order, row, keys, n, longest, many, topk, end, a, b, indices, results,
     BOTTOM: tl.constexpr, TOP: tl.constexpr, PACKED: tl.constexpr, HELD: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """Write the best topk of a row of n places, in no order, and return how many they are: none scores -inf.
@@ -107,14 +117,13 @@ def cut(
     row: scores, whose first has the key `keys`; or with PACKED, bits with their keys, or with `keys` beside them.
     a, b: orders, of which all that count are above the one and none is above the other; found first where a is BOTTOM.
     indices, results: where keys and scores of a row are written, dense; results may be None.   end: past all keys.
-    HELD · WIDE places stay in registers; others are read again for each step.
     """
-    order = _orders(row, keys, 0, n, BOTTOM, TOP, PACKED, HELD, WIDE)
-    order_cut, key_cut = _find(order, row, keys, n, topk, end, a, b, BOTTOM, TOP, PACKED, HELD, WIDE)
+    STEP: tl.constexpr = HELD * (TOGETHER if PACKED else WIDE)
+    order_cut, key_cut = _find(order, row, keys, n, longest, many, topk, end, a, b, BOTTOM, TOP, PACKED, HELD, WIDE)
     written = tl.zeros((), tl.int32)
-    for first in range(0, n, HELD * WIDE):
+    for first in range(0, longest, STEP):
         if first > 0:
-            order = _orders(row, keys, first, n, BOTTOM, TOP, PACKED, HELD, WIDE)
+            order = orders(row, keys, first, n, BOTTOM, TOP, PACKED, HELD, WIDE)
         chosen = order > order_cut
         if key_cut > 0:
             equal = order == order_cut

@@ -13,7 +13,8 @@ import triton
 import triton.language as tl
 
 from headfold.backends.triton.aside import sampled, walk, write
-from headfold.backends.triton.cut import cut
+from headfold.backends.triton.cut import cut, orders
+from headfold.backends.triton.orders import LONGEST, TOGETHER, by_thread
 from headfold.backends.triton.search import search
 from headfold.backends.triton.visible import row_bounds
 
@@ -25,22 +26,72 @@ def _best(
     WIDE: tl.constexpr,
 ):  # fmt: skip
     """Write the best topk of a row of more keys than there is room for, and return how many they are."""
+    WARPS: tl.constexpr = WIDE // TOGETHER
+    room = tl.minimum(capacity // WARPS, LONGEST)
+    warp = tl.arange(0, WARPS)
+    mine = _of_threads(warp * room)
+    lists, lists_key = found + mine, found_key
+    if found_key is not None:
+        lists_key += mine
     a, b = sampled(scores, low, high - low, topk, capacity, BOTTOM, TOP, SAMPLE, WIDE)
-    sure, kept = walk(scores, found, found_key, low, high - low, a, b, capacity, TOP, DEEP, WIDE)
-    if (sure > topk) | (sure + kept > capacity) | ((sure + kept < topk) & (a > BOTTOM)):
+    sure, kept = walk(scores, lists, lists_key, low, high - low, a, b, room, TOP, DEEP, WIDE)
+    many, many_near, most, most_near, fullest = tl.reduce((sure, kept, sure, kept, sure + kept), 0, _sums_and_most)
+    first = warp * room + room - kept
+    if (many > topk) | (fullest > room) | ((many + many_near < topk) & (a > BOTTOM)):
         tl.debug_barrier()
-        sure = tl.zeros((), tl.int32)
-        kept = search(scores, found, found_key, low, high, topk, capacity, BOTTOM, TOP, DEEP, WIDE)
+        many_near = search(scores, found, found_key, low, high, topk, capacity, BOTTOM, TOP, DEEP, WIDE)
+        many, most, most_near = tl.zeros((), tl.int32), tl.zeros((), tl.int32), tl.cdiv(many_near, WARPS)
+        first = warp * most_near
+        sure, kept = tl.zeros_like(sure), tl.minimum(tl.maximum(many_near - first, 0), most_near)
         a, b = tl.full((), BOTTOM, a.dtype), tl.full((), BOTTOM, b.dtype)
     tl.debug_barrier()
-    write(found, found_key, sure, indices, results, TOP, DEEP, WIDE)
-    indices += sure
-    if results is not None:
-        results += sure
-    found += capacity - kept
+    near, n = _of_threads(first), _of_threads(kept)
+    near_lists, near_lists_key = found + near, found_key
     if found_key is not None:
-        found_key += capacity - kept
-    return sure + cut(found, found_key, kept, topk - sure, sk, a, b, indices, results, BOTTOM, TOP, True, HELD, WIDE)
+        near_lists_key += near
+    order = orders(
+        near_lists, near_lists_key, 0, n, BOTTOM, TOP, True, HELD, WIDE
+    )  # on its way while others are written
+    before = _of_threads(tl.cumsum(sure, axis=0) - sure)
+    results_before = results
+    if results is not None:
+        results_before += before
+        results += many
+    write(lists, lists_key, _of_threads(sure), most, indices + before, results_before, TOP, DEEP, WIDE)
+    return many + cut(
+        order, near_lists, near_lists_key, n, most_near, many_near, topk - many, sk, a, b,
+        indices + many, results, BOTTOM, TOP, True, HELD, WIDE,
+    )  # fmt: skip
+
+
+@triton.jit
+def _sums_and_most(sure, kept, most, most_near, fullest, sure2, kept2, most2, most_near2, fullest2):
+    return (
+        sure + sure2,
+        kept + kept2,
+        tl.maximum(most, most2),
+        tl.maximum(most_near, most_near2),
+        tl.maximum(fullest, fullest2),
+    )
+
+
+@triton.jit
+def _of_threads(each):
+    """Return what is of each warp [warps] as [wide, 1]."""
+    return by_thread(tl.broadcast_to(each[:, None], (each.shape[0], TOGETHER)))
+
+
+@triton.jit
+def _whole(
+    scores, low, n, topk, sk, indices, results,
+    BOTTOM: tl.constexpr, TOP: tl.constexpr, HELD: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    """Write the best topk of a row that is cut at once, and return how many they are."""
+    order = orders(scores + low, low, 0, n, BOTTOM, TOP, False, HELD, WIDE)
+    none = tl.full((), BOTTOM, order.dtype)
+    return cut(
+        order, scores + low, low, n, n, n, topk, sk, none, none, indices, results, BOTTOM, TOP, False, HELD, WIDE
+    )
 
 
 @triton.jit(
@@ -88,7 +139,8 @@ def keep_kernel(
     indices: the keys [batches, rows, topk], dense along topk.   results: their scores, or None.
     count: int32, how many there are, of rows of all batches from first_line on.
     found: [batches, rows, capacity], int64 of bits and keys of what is put aside, or bits alone with found_key beside
-    them; capacity is at least topk.   at_once: keys of the longest row of which nothing is, at least capacity.
+    them; capacity is at least topk, and a place for each warp.   at_once: keys of the longest row of which nothing is,
+    at least capacity.
     SAMPLE: keys that are looked at first; 0 where no row has more than at_once.   DEEP, HELD: keys that a thread takes
     in a step of a walk, and of what is cut.
     """
@@ -106,12 +158,11 @@ def keep_kernel(
     lows, highs = row_bounds(rows, rows >= 0, sk, start, end, start_row, end_row, offset, RATIO, HAS_OFFSET)
     low, high = tl.max(lows, axis=0), tl.max(highs, axis=0)
     n = tl.maximum(high - low, 0)
-    none = tl.full((), BOTTOM, tl.int64 if scores.dtype.element_ty.primitive_bitwidth == 64 else tl.int32)
 
     if SAMPLE == 0:  # noqa: SIM114 (known when compiled: then there is no other way)
-        many = cut(scores + low, low, n, topk, sk, none, none, indices, results, BOTTOM, TOP, False, HELD, WIDE)
+        many = _whole(scores, low, n, topk, sk, indices, results, BOTTOM, TOP, HELD, WIDE)
     elif n <= at_once:
-        many = cut(scores + low, low, n, topk, sk, none, none, indices, results, BOTTOM, TOP, False, HELD, WIDE)
+        many = _whole(scores, low, n, topk, sk, indices, results, BOTTOM, TOP, HELD, WIDE)
     else:
         found += place * capacity
         if found_key is not None:

@@ -8,6 +8,11 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+# Threads that keep a list of their own, and count what they put there without a barrier: a warp, or half of one.
+TOGETHER = tl.constexpr(32)
+# The most places of such a list: numbers of 16 bits, with what a step adds.
+LONGEST = tl.constexpr(1 << 15)
+
 
 @triton.jit
 def bits_of(x):
@@ -88,6 +93,12 @@ def places(first, DEEP: tl.constexpr, WIDE: tl.constexpr):
     return first + tl.arange(0, WIDE)[:, None] + tl.arange(0, DEEP)[None, :] * WIDE
 
 
+@triton.jit
+def spots(first, DEEP: tl.constexpr, WIDE: tl.constexpr):
+    """Return places [WIDE, DEEP] of lists from `first` on, of which a thread takes DEEP: each warp of its own list."""
+    return first + (tl.arange(0, WIDE) % TOGETHER)[:, None] + tl.arange(0, DEEP)[None, :] * TOGETHER
+
+
 # Places are no neighbours, but said to be in pairs: then every Triton stores them from the threads that they are in. It
 # is safe where masks depend on data, as stores are never merged beyond what their masks share, and has to be said where
 # places are computed.
@@ -105,11 +116,29 @@ def numbered(one):
 
 
 @triton.jit
-def numbered_apart(chosen, best, start, end):
-    """Return a place for each of what is chosen: from `start` on for the best of it, and down from `end` for the rest.
+def by_warp(each):
+    """Return what is of each thread [wide] as [warps, threads]."""
+    return tl.reshape(each, (each.shape[0] // TOGETHER, TOGETHER))
 
-    And how many of each there are, fewer than 2 ** 15.   best: nothing that is not chosen.
+
+@triton.jit
+def by_thread(each):
+    """Return what is of each warp and thread [warps, threads] as [wide, 1]."""
+    return tl.reshape(each, (each.shape[0] * TOGETHER, 1))
+
+
+@triton.jit
+def numbered_apart(chosen, best, sure, kept, room):
+    """Return a place in its warp's list for each of what is chosen, and how many [warps] each list then has of both.
+
+    From the list's start on for the best of it, behind `sure`, and down from its end for the rest, behind `kept`; in
+    the list even where both are more than it has room for.   best: nothing that is not chosen.
     """
-    place, many = numbered(tl.where(best, 1, tl.where(chosen, 1 << 16, 0)))
-    place = tl.where(best, start + (place & 0xFFFF), end - (place >> 16))
-    return tl.max_contiguous(place, (2, 1)), many & 0xFFFF, many >> 16
+    one = tl.where(best, 1, tl.where(chosen, -65536, 0))
+    each = by_warp(tl.sum(one, axis=1))
+    start = tl.minimum(sure, room) + ((room - 1 - tl.minimum(kept, room)) << 16)
+    before = by_thread(tl.cumsum(each, axis=1) - each + start[:, None])
+    place = before + (tl.cumsum(one, axis=1) - one)
+    place = tl.minimum(tl.where(best, place, place >> 16) & 0xFFFF, room - 1)
+    many = tl.sum(each, axis=1)
+    return tl.max_contiguous(place, (2, 1)), sure + (many & 0xFFFF), kept - (many >> 16)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from headfold.backends.triton.orders import between, bits_of, ordered, scores_of
+from headfold.backends.triton.orders import between, bits_of, by_warp, ordered, scores_of
 
 # Of what is left on either side, how far from the likely place the outer pivots lie.
 NEAR = tl.constexpr(0.25)
@@ -52,10 +52,9 @@ def tally(order, first, middle, last):
 @triton.jit
 def totals(each):
     """Return three counts of all threads, fewer than 2 ** 20 of each, given what `tally` said of them."""
-    WARPS: tl.constexpr = each.shape[0] // 32
     # Two of a warp's counts fit one integer: lanes are added up in one instruction, and warps in one sum.
-    near = tl.sum(tl.reshape((each & 0x3FF) | ((each & 0xFFC00) << 6), (WARPS, 32)), axis=1).to(tl.uint32, bitcast=True)
-    far = tl.sum(tl.reshape(each >> 20, (WARPS, 32)), axis=1)
+    near = tl.sum(by_warp((each & 0x3FF) | ((each & 0xFFC00) << 6)), axis=1).to(tl.uint32, bitcast=True)
+    far = tl.sum(by_warp(each >> 20), axis=1)
     spread = (near & 0xFFFF).to(tl.int64) | ((near >> 16).to(tl.int64) << 20) | (far.to(tl.int64) << 40)
     every = tl.sum(spread, axis=0)
     return (every & 0xFFFFF).to(tl.int32), ((every >> 20) & 0xFFFFF).to(tl.int32), (every >> 40).to(tl.int32)

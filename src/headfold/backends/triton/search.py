@@ -68,6 +68,6 @@ def search(
         order = ordered(bits, TOP)
         chosen = (order > a) | ((order == a) & (t < until))
         place, many = numbered(chosen)
-        put(found, found_key, tl.max_contiguous(capacity - 1 - kept - place, (2, 1)), bits, t, chosen)
+        put(found, found_key, tl.max_contiguous(kept + place, (2, 1)), bits, t, chosen)
         kept += many
     return kept

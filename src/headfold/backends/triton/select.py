@@ -41,7 +41,7 @@ PART_WARPS = 4
 # A larger sample leaves fewer keys of a long row between its pivots.
 TILES = (
     # arch, sk, held, deep, sample, warps, registers, order_warps, pairs
-    Row("cpu", ANY, 8, 8, 64, 1, 255, 1, 32),
+    Row("cpu", ANY, 4, 4, 64, 2, 255, 1, 32),
     Row("*", 4096, 8, 8, 2048, 4, 128, 4, 64),
     Row("*", 32768, 16, 8, 2048, 4, 128, 4, 64),
     Row("*", 65536, 8, 8, 4096, 8, 128, 4, 64),
