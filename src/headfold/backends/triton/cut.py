@@ -114,7 +114,10 @@ def cut(
 ):  # fmt: skip
     """Write the best topk of a row of n places, in no order, and return how many they are: none scores -inf.
 
-    row: scores, whose first has the key `keys`; or with PACKED, bits with their keys, or with `keys` beside them.
+    order: of the first HELD places of each thread, which stay in registers; others are read again for each step.
+    row: scores, whose first has the key `keys`; or with PACKED, where a thread's list starts [wide, 1], which its warp
+    shares, of bits with their keys, or with `keys` beside them. Then n is of that list.   longest: of all lists.
+    many: places of them all.
     a, b: orders, of which all that count are above the one and none is above the other; found first where a is BOTTOM.
     indices, results: where keys and scores of a row are written, dense; results may be None.   end: past all keys.
     """
