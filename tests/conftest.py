@@ -20,7 +20,8 @@ if not torch.cuda.is_available():
 
 @pytest.fixture(autouse=True, scope="session")
 def threads() -> None:
-    torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else 2)  # workers share the cores
+    # Fixed, since peaks and the order of sums depend on it: workers share the cores, and one alone takes two.
+    torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else 2)
 
 
 @pytest.fixture(autouse=True, scope="module")

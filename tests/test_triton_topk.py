@@ -197,11 +197,10 @@ def test_a_misleading_sample_costs_time_and_nothing_else(kind: str, dtype: torch
         assert torch.equal(one.nan_to_num().sort(-1).values, other.nan_to_num().sort(-1).values)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(
-    "topk", [100, 200]
-)  # its list is too short for what is near the cut too, or for the best alone
+# Its list is too short for the best and what is near the cut, or for the best alone.
+@pytest.mark.parametrize("topk", [100, 200])
 @pytest.mark.parametrize("last", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_a_warp_that_finds_nearly_all_has_too_short_a_list(last: bool, topk: int, dtype: torch.dtype) -> None:
     warps = selecting.row_of(arch_of(DEVICE), 1280).warps
     warp = torch.arange(1280) // 32 % warps

@@ -29,7 +29,7 @@ SLACK = tl.constexpr(16)
 # Deviations of a normal distribution from the least to the greatest of some thousand values.
 RANGE = tl.constexpr(7.0)
 # Scores as large as this are left out of a sample's mean: the others may be added up.
-LARGE = tl.constexpr(1e30)
+ADDED = tl.constexpr(1e30)
 
 
 @triton.jit
@@ -89,8 +89,8 @@ def sampled(
     infinite: tl.constexpr = -BOTTOM - 1
     a = tl.minimum(tl.maximum(tl.min(tl.min(order, axis=1), axis=0) - 1, BOTTOM), infinite)
     b = tl.minimum(tl.max(tl.max(order, axis=1), axis=0), infinite)
-    mean = tl.sum(tl.sum(tl.where(tl.abs(x) < LARGE, x, 0.0), axis=1), axis=0) / SAMPLE
-    deviation = (tl.minimum(scores_of(b, TOP), LARGE) - tl.maximum(scores_of(a, TOP), -LARGE)) / RANGE
+    mean = tl.sum(tl.sum(tl.where(tl.abs(x) < ADDED, x, 0.0), axis=1), axis=0) / SAMPLE
+    deviation = (tl.minimum(scores_of(b, TOP), ADDED) - tl.maximum(scores_of(a, TOP), -ADDED)) / RANGE
     lower = _guess(mean, deviation, least + slack / 2, a, b, SAMPLE, TOP)
     middle = tl.maximum(_guess(mean, deviation, SAMPLE * share, a, b, SAMPLE, TOP), lower)
     upper = tl.maximum(_guess(mean, deviation, most - slack_upper / 2, a, b, SAMPLE, TOP), middle)

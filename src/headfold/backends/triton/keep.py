@@ -49,9 +49,8 @@ def _best(
     near_lists, near_lists_key = found + near, found_key
     if found_key is not None:
         near_lists_key += near
-    order = orders(
-        near_lists, near_lists_key, 0, n, BOTTOM, TOP, True, HELD, WIDE
-    )  # on its way while others are written
+    # On their way while the others are written.
+    order = orders(near_lists, near_lists_key, 0, n, BOTTOM, TOP, True, HELD, WIDE)
     before = _of_threads(tl.cumsum(sure, axis=0) - sure)
     results_before = results
     if results is not None:
@@ -66,6 +65,7 @@ def _best(
 
 @triton.jit
 def _sums_and_most(sure, kept, most, most_near, fullest, sure2, kept2, most2, most_near2, fullest2):
+    """Return the sums of the first two of each five, and the greater of the others: one reduction for all of them."""
     return (
         sure + sure2,
         kept + kept2,
