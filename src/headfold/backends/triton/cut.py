@@ -93,16 +93,17 @@ def _find(
         steps += 1
     until = tl.zeros((), tl.int32)
     if (fewer < topk) & (b > BOTTOM):
-        # The smallest keys of those that are b: the first key past as many as are wanted.
-        last = until + end
-        while until + 1 < last:
+        # The smallest keys of those that are b: a key past as many as are wanted, and no more.
+        last, before = until + end, more
+        while (until + 1 < last) & (before > topk):
             key = between(until, last)
             ties = count_true((order == b) & (_keys(row, keys, 0, order == b, PACKED, HELD, WIDE) < key))
             for first in range(STEP, longest, STEP):
                 equal = orders(row, keys, first, n, BOTTOM, TOP, PACKED, HELD, WIDE) == b
                 ties += count_true(equal & (_keys(row, keys, first, equal, PACKED, HELD, WIDE) < key))
-            last = tl.where(fewer + ties >= topk, key, last)
-            until = tl.where(fewer + ties >= topk, until, key)
+            enough = fewer + ties >= topk
+            last, before = tl.where(enough, key, last), tl.where(enough, fewer + ties, before)
+            until = tl.where(enough, until, key)
         until = last
     return b, until
 

@@ -55,10 +55,11 @@ def search(
     if more > capacity:
         # Too many have the one value b: its first keys are enough.
         a, last = b, high
-        while until + 1 < last:
+        while (until + 1 < last) & (more > capacity):
             middle = between(until, last)
-            enough = fewer + _ties(scores, low, a, middle, TOP, DEEP, WIDE) >= topk
-            last = tl.where(enough, middle, last)
+            before = fewer + _ties(scores, low, a, middle, TOP, DEEP, WIDE)
+            enough = before >= topk
+            last, more = tl.where(enough, middle, last), tl.where(enough, before, more)
             until = tl.where(enough, until, middle)
         until = last
     kept = tl.zeros((), tl.int32)
