@@ -79,6 +79,31 @@ def test_a_selection_launched_again_takes_the_tensors_it_is_given(case: Case, to
         assert torch.equal(one.scores, other.scores)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("weighted", [True, False])
+def test_gradients_launched_again_take_the_tensors_they_are_given(dtype: torch.dtype, weighted: bool) -> None:
+    from headfold.backends.triton import replay
+
+    def gradients(seed: int) -> list[Tensor]:
+        drawn = Case(1500, 2000, b=2, h=16, d=64).inputs(dtype, seed)
+        q, weights, k = (None if x is None else x.requires_grad_() for x in drawn)
+        assert q is not None
+        assert k is not None
+        some = torch.rand(2, 1500, 2000, generator=torch.Generator("cuda").manual_seed(seed), device="cuda")
+        kept = selected_scores(
+            q, weights if weighted else None, k, some.topk(900).indices.int(), causal=True, impl="triton"
+        )
+        return list(torch.autograd.grad(kept, [q, k], torch.ones_like(kept)))
+
+    replay._kept.steps.clear()
+    replay._kept.launches = 0
+    by_walk = [gradients(seed) for seed in (1, 2)]  # the second is noted
+    again = [gradients(seed) for seed in (1, 2)]
+    assert sum(steps is not None for steps in replay._kept.steps.values()) == 2
+    for one, other in zip(by_walk, again, strict=True):
+        assert all(torch.equal(x, y) for x, y in zip(one, other, strict=True))
+
+
 @pytest.mark.filterwarnings("ignore:Synchronization debug mode:UserWarning")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64], ids=str)
 def test_no_op_waits_for_the_device(dtype: torch.dtype) -> None:

@@ -7,6 +7,8 @@ pick by pick, and `Scatter` adds them up by one writer a key; or dscores stand a
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import triton
 from torch import Tensor
@@ -16,7 +18,8 @@ from headfold.backends.triton.launch import launch
 from headfold.backends.triton.launches import Slab, empty, launch_fold, launch_key_sums
 from headfold.backends.triton.operands import options, streamed
 from headfold.backends.triton.picks import AllKeys, Picks, Ranges, Scatter, strides
-from headfold.backends.triton.products import NARROWEST, pieces
+from headfold.backends.triton.products import NARROWEST, pieces, precision
+from headfold.backends.triton.replay import replay
 from headfold.backends.triton.table import arch_of, tile
 from headfold.backends.triton.visible import bias_strides, bound_strides
 from headfold.contract import compute_dtype
@@ -163,7 +166,7 @@ def _dense_key_gradients(
     scale: float,
 ) -> None:
     """Write dk as that of dscores at all keys, slab by slab of rows, in the compute dtype and cast once."""
-    dtype, (start, end, _, offset, ratio) = compute_dtype(q.dtype), ranges
+    dtype, (start, end, bias, offset, ratio) = compute_dtype(q.dtype), ranges
     every, sq = AllKeys(tile, q, dtype), q.shape[1]
     cast = torch.empty(k.shape[1:], dtype=dtype, device=q.device) if dk.dtype != dtype else None
     parts = empty(q, tile.parts, *k.shape[1:]) if tile.parts > 1 else None
@@ -174,22 +177,39 @@ def _dense_key_gradients(
         whole = Slab(
             q[i : i + 1], _alone(weights, i), k[i : i + 1], _alone(start, i), _alone(end, i), None, offset, ratio, 1.0
         )
-        for rows in blocks(sq, tile.rows):
-            dscores = every.settle(indices, (i * sq + rows[0], i * sq + rows[1]), ranges, g, scale, q, weights)
-            slab = whole.rows(*rows)
-            if folded is not None:
-                queries = folded[:, : rows[1] - rows[0]]
-                launch_fold(queries, slab.q, slab.weights)
-                slab = slab.folded(queries)
-            for first, end_head in slab.groups("key_sums"):
-                launch_key_sums(
-                    sums, dscores, slab.heads(first, end_head), relu=tile.relu, add=True, broken=every.broken
-                )
+        walk = functools.partial(_sum_slabs, sums, folded, every, whole, i * sq, indices, ranges, g, q, weights, scale)
+        key = "selected keys", tile, i, offset, ratio, scale.hex(), whole.row("key_sums"), precision(k.dtype)
+        replay(walk, key, sums, folded, *every.tensors(), indices, start, end, bias, g, q, weights, k)
         if parts is not None:
             for part in parts:
                 total += part
         if cast is not None:
             dk[i] = cast
+
+
+def _sum_slabs(
+    sums: Tensor,
+    folded: Tensor | None,
+    every: AllKeys,
+    whole: Slab,
+    first_row: int,
+    indices: Tensor,
+    ranges: Ranges,
+    g: Tensor,
+    q: Tensor,
+    weights: Tensor | None,
+    scale: float,
+) -> None:
+    """Add dk of a batch element, whose rows are numbered from first_row on, to sums [parts, 1, sk, d]."""
+    for first, end in blocks(whole.q.shape[1], every.tile.rows):
+        dscores = every.settle(indices, (first_row + first, first_row + end), ranges, g, scale, q, weights)
+        slab = whole.rows(first, end)
+        if folded is not None:
+            queries = folded[:, : end - first]
+            launch_fold(queries, slab.q, slab.weights)
+            slab = slab.folded(queries)
+        for heads in slab.groups("key_sums"):
+            launch_key_sums(sums, dscores, slab.heads(*heads), relu=every.tile.relu, add=True, broken=every.broken)
 
 
 def batch_element(x: Tensor | None, i: int) -> Tensor | None:

@@ -272,9 +272,14 @@ class AllKeys:
         def empty(*shape: int, dtype: torch.dtype = torch.int32) -> Tensor:
             return torch.empty(shape, dtype=dtype, device=like.device)
 
+        self.tile = tile
         self.dscores = empty(1, tile.rows, tile.sk, dtype=dtype)
         self.bitmap = empty(tile.rows, tile.words)
         self.broken = empty(1 + tile.rows).zero_()
+
+    def tensors(self) -> tuple[Tensor, ...]:
+        """Return every buffer."""
+        return self.dscores, self.bitmap, self.broken
 
     def settle(
         self,
