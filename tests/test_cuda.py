@@ -104,6 +104,39 @@ def test_gradients_launched_again_take_the_tensors_they_are_given(dtype: torch.d
         assert all(torch.equal(x, y) for x, y in zip(one, other, strict=True))
 
 
+@pytest.mark.parametrize(
+    ("dtype", "sq", "sk", "call"),
+    [
+        (torch.bfloat16, 1500, 1500, {"topk": 300, "sparse": True}),
+        (torch.bfloat16, 2100, 1500, {"topk": 300, "sparse": True}),  # some rows see nothing
+        (torch.float16, 1500, 4100, {}),
+        (torch.float32, 1500, 1500, {"topk": 300, "activation": None}),
+    ],
+    ids=str,
+)
+def test_a_loss_done_again_takes_the_tensors_it_is_given(
+    dtype: torch.dtype, sq: int, sk: int, call: dict[str, Any]
+) -> None:
+    from headfold.backends.triton import replay
+
+    def gradients(seed: int) -> list[Tensor]:
+        q, weights, k = (x.requires_grad_() for x in Case(sq, sk, b=2, h=16, d=64).inputs(dtype, seed) if x is not None)
+        some = torch.Generator("cuda").manual_seed(seed)
+        query, key = (torch.randn(n, 2, 4, 64, generator=some, device="cuda").to(dtype) for n in (sq, sk))
+        loss, indices = indexer_loss(q, weights, k, query, key, causal=True, softmax_scale=0.1, impl="triton", **call)
+        found = [loss.detach(), *torch.autograd.grad(loss, (q, weights, k))]
+        return found if indices is None else [*found, indices]
+
+    replay._kept.steps.clear()
+    replay._kept.launches = 0
+    by_walk = [gradients(seed) for seed in (1, 2)]  # the second is noted
+    again = [gradients(seed) for seed in (1, 2)]
+    assert sum(steps is not None for steps in replay._kept.steps.values()) == 1
+    for one, other in zip(by_walk, again, strict=True):
+        assert all(torch.equal(x, y) for x, y in zip(one, other, strict=True))
+    assert all(bool(x.double().abs().sum() > 0) for x in again[0])
+
+
 @pytest.mark.filterwarnings("ignore:Synchronization debug mode:UserWarning")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64], ids=str)
 def test_no_op_waits_for_the_device(dtype: torch.dtype) -> None:

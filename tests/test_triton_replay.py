@@ -15,11 +15,13 @@ import triton
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from headfold.backends.triton import compare, launches, loss, select, table, teacher, topk
 from headfold.backends.triton import launch as launching
-from headfold.backends.triton import launches, select, table, topk
 from headfold.backends.triton import replay as replaying
 from headfold.backends.triton.launch import launch
-from headfold.backends.triton.replay import replay
+from headfold.backends.triton.memory import Arena
+from headfold.backends.triton.replay import do, replay
+from headfold.loss_slabs import PIECE
 
 Said = list[tuple[Any, ...]]
 
@@ -115,16 +117,40 @@ def test_what_cannot_be_launched_again_by_pointers_runs_anew(said: Said) -> None
         replay(run, by_hand, x, y)
 
     x, y = torch.zeros(8), torch.zeros(8)
-    both = torch.zeros(16)
     for _ in range(2):
         call(x, y, torch.zeros(8))  # a tensor that nobody named
-        call(both[:8], both[8:], both[8:])  # memory that tells no two tensors apart
         call(x, y, y, by_hand=True)
-    assert len(ran) == 6
+    assert len(ran) == 4
     assert not any(replaying._kept.steps.values())
     for _ in range(4):
         call(x, y, y)
-    assert len(ran) == 7
+    assert len(ran) == 5
+
+
+def test_tensors_of_one_memory_are_told_apart_by_where_they_lie(said: Said) -> None:
+    kernel, ran = Kernel("copy", ("x", "y"), said), []
+
+    def call(x: Tensor, y: Tensor, z: Tensor) -> Said:
+        said.clear()
+
+        def run() -> None:
+            ran.append(1)
+            launch(kernel, (1,), x, z)
+            launch(kernel, (2,), z[1:], y)
+
+        replay(run, "one", x, y, z)
+        return [*said]
+
+    for _ in range(3):
+        both, other = torch.zeros(40), torch.zeros(8)
+        x, y, z = both[8:16], other, both[24:32]
+        pointers = [[one.data_ptr() for one in pair] for pair in ((x, z), (z[1:], y))]
+        assert [one[2:] for one in call(x, y, z)] == [tuple(pair) for pair in pointers]
+    assert len(ran) == 2
+    call(both[8:16], other, both[16:24])
+    call(both[24:32], other, both[8:16])
+    call(both[8:16], both[16:24], both[24:32])
+    assert len(ran) == 5
 
 
 def test_what_was_not_used_for_longest_is_let_go(said: Said, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -239,6 +265,121 @@ def test_a_selection_launched_again_is_launched_as_by_its_fold(
     assert len(said) > 4
 
 
+LOSSES: dict[str, dict[str, Any]] = {
+    "sparse": {"topk": 40, "sparse": True},
+    "several sums of dk": {"topk": 40, "sparse": True, "h": 32},
+    "rows that see nothing": {"sq": 700, "sk": 1500, "topk": 40, "sparse": True, "offset": -600},
+    "dense, with a bias and a mask": {"bias": True, "row_mask": True},
+    "without an activation": {"relu": False, "h": 32},
+    "without gradients": {"needs": False, "topk": 40},
+    "many slabs": {"sq": 700, "sk": 1500, "topk": 40, "sparse": True},
+}
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_a_loss_done_again_is_done_as_by_its_walk(name: str, said: Said, monkeypatch: pytest.MonkeyPatch) -> None:
+    call = {"sq": 300, "sk": 300, "h": 4, "topk": None, "sparse": False, "offset": 0, **LOSSES[name]}
+    b, sq, sk, h, d = 2, call["sq"], call["sk"], call["h"], 16
+    kernels = {
+        launches: ("score_slab", "query_gradients", "key_gradients", "fold_heads", "unfold_heads"),
+        select: ("keep_kernel", "order_kernel"),
+        compare: ("mark_seen_kernel", "mark_selected_kernel", "compare_kernel"),
+        teacher: ("sums_kernel", "join_kernel", "mass_kernel"),
+    }
+    for module, names in kernels.items():
+        for kernel in names:
+            monkeypatch.setattr(module, kernel, Kernel(kernel, getattr(module, kernel).arg_names, said))
+
+    def say(function: str) -> Callable[..., None]:
+        return lambda *xs: said.append((function, *((x.data_ptr(), x.shape, x.stride(), x.dtype) for x in xs)))
+
+    for module, function in ((loss, "_fill_with_zeros"), (launches, "_add_parts")):
+        monkeypatch.setattr(module, function, say(function))
+    made: list[tuple[Callable[[], None], Any, tuple[Tensor | None, ...]]] = []
+    monkeypatch.setattr(loss, "replay", lambda run, key, *tensors: made.append((run, key, tensors)))
+    for _ in range(2):
+        loss.indexer_loss(
+            torch.zeros(b, sq, h, d),
+            torch.zeros(b, sq, h),
+            torch.zeros(b, sk, d),
+            torch.zeros(b, sq, 4, 16),
+            torch.zeros(b, sk, 2, 16),
+            None,
+            None,
+            torch.zeros(b, sq, sk) if "bias" in call else None,
+            torch.ones(b, sq, dtype=torch.bool) if "row_mask" in call else None,
+            call["offset"],
+            1,
+            call.get("relu", True),
+            0.5,
+            0.25,
+            call["topk"],
+            call["sparse"],
+            True,
+            needs=(call.get("needs", True),) * 3,
+        )
+    (run, key, tensors), (run_there, key_there, tensors_there) = made
+    assert key == key_there
+    with ViewsAlone():  # type: ignore[no-untyped-call]
+        for _ in range(2):
+            replay(run, key, *tensors)
+    said.clear()
+    run_there()
+    by_walk = [*said]
+    said.clear()
+    replay(lambda: pytest.fail("ran again"), key, *tensors_there)
+    assert said == by_walk
+    assert len(said) > 4
+    assert any(one[0] == "_add_parts" for one in said) == (name == "several sums of dk")
+
+
+def test_what_torch_does_is_done_again_to_the_same_views(said: Said) -> None:
+    def fill(x: Tensor) -> None:
+        x.fill_(1)
+
+    def add(x: Tensor, y: Tensor) -> None:
+        x.add_(y)
+
+    def call(x: Tensor, y: Tensor) -> None:
+        def run() -> None:
+            do(fill, x.view(torch.int16)[8:12, 2:])
+            do(add, y[1:, ::2], x.view(torch.bfloat16).view(8, 8).t()[:3, :4])
+
+        replay(run, "one", x, y)
+
+    def drawn(seed: int) -> tuple[Tensor, Tensor]:
+        x = torch.randint(0, 100, (3, 16, 8), generator=torch.Generator().manual_seed(seed), dtype=torch.uint8)
+        return x[1], torch.zeros(4, 8, dtype=torch.bfloat16)
+
+    by_hand = [drawn(seed) for seed in (1, 2)]
+    for pair in by_hand:
+        call(*pair)
+    again = [drawn(seed) for seed in (1, 2)]
+    for pair in again:
+        call(*pair)
+    assert [len(steps or ()) for steps in replaying._kept.steps.values()] == [2]
+    for one, other in zip(by_hand, again, strict=True):
+        assert torch.equal(one[0], other[0])
+        assert torch.equal(one[1], other[1])
+    assert float(again[0][1].abs().sum()) > 0
+
+
+def test_a_step_takes_the_bytes_of_the_last_one_and_no_more() -> None:
+    arena, cpu = Arena(2 * PIECE + 40, torch.device("cpu")), torch.device("cpu")
+    with arena.step():
+        first = arena.empty(3, 5, dtype=torch.float32, device=cpu)
+        with arena.step():
+            inner = arena.empty(7, dtype=torch.int64, device=cpu)
+        second = arena.empty(1, dtype=torch.uint8, device=cpu)
+        last = arena.empty(10, dtype=torch.float32, device=cpu)
+        with pytest.raises(RuntimeError, match="more than its 552 bytes"):
+            arena.empty(1, dtype=torch.uint8, device=cpu)
+    assert (first.shape, first.stride(), first.dtype) == ((3, 5), (5, 1), torch.float32)
+    assert [x.data_ptr() - first.data_ptr() for x in (inner, second, last)] == [PIECE, PIECE, 2 * PIECE]
+    with arena.step():
+        assert arena.empty(2, dtype=torch.float64, device=cpu).data_ptr() == first.data_ptr()
+
+
 def test_other_tiles_and_another_precision_are_other_launches(monkeypatch: pytest.MonkeyPatch) -> None:
     keys: list[Any] = []
     monkeypatch.setattr(topk, "replay", lambda run, key, *tensors: keys.append(key))
@@ -256,3 +397,27 @@ def test_other_tiles_and_another_precision_are_other_launches(monkeypatch: pytes
     call(0.25)
     assert keys[0] == keys[1]
     assert len({*keys}) == 4
+
+
+def test_other_tiles_and_another_precision_are_other_steps_of_a_loss(monkeypatch: pytest.MonkeyPatch) -> None:
+    keys: list[Any] = []
+    monkeypatch.setattr(loss, "replay", lambda run, key, *tensors: keys.append(key))
+    q, k, beside = torch.zeros(1, 8, 4, 16), torch.zeros(1, 8, 16), torch.zeros(1, 8, 2, 16)
+
+    def call(scale: float = 0.5, softmax_scale: float = 0.25, sparse: bool = True) -> None:
+        ranges = None, None, None, None, 0, 1
+        rest = True, scale, softmax_scale, 4, sparse, True
+        loss.indexer_loss(q, None, k, beside, beside, *ranges, *rest, needs=(True, False, True))
+
+    call()
+    call()
+    for kernel in ("query_gradients", "teacher mass"):
+        with table.trying(table.tile(kernel, "cpu", torch.float32, 16, 4)._replace(keys=128)):
+            call()
+    monkeypatch.setattr(loss, "precision", lambda dtype: "tf32")
+    call()
+    call(scale=0.25)
+    call(softmax_scale=1)
+    call(sparse=False)
+    assert keys[0] == keys[1]
+    assert len({*keys}) == 7

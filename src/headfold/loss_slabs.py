@@ -18,6 +18,9 @@ _SLAB_BYTES = 14 * MIB
 _PRODUCT_ROWS = 64
 # Rows of the smallest product there is.
 _LEAST_ROWS = 16
+# What a tensor of a step's scratch may take beyond its bytes, so that the next one is aligned, and the most of them.
+PIECE = 256
+_PIECES = 8
 # Keys of one program of the teacher's first pass. Splits are joined in order, so this is part of the result.
 SPLIT_KEYS = 1024
 
@@ -94,15 +97,19 @@ class LossSlab:
         """Losses of all rows, their share, and their sum."""
         return (self.b * self.sq + 4) * self.size + 16
 
+    def step_bytes(self, backward: bool) -> int:
+        """Scratch of the largest step of a slab, beside its scores."""
+        kept = 0 if self.kept is None else self.kept.scratch_bytes
+        tile = self.score_tile
+        gradients = tile.backward_bytes if backward else 0
+        return max(self.teacher_bytes, kept, tile.forward_bytes, gradients) + _PIECES * PIECE
+
     @property
     def forward_bytes(self) -> int:
         """Scratch of a loss without gradients: scores, and beside them whatever the largest step takes."""
-        kept = 0 if self.kept is None else self.kept.scratch_bytes
-        step = max(self.teacher_bytes, kept, self.score_tile.forward_bytes)
-        return self.scores_bytes + step + self.rows_bytes
+        return self.scores_bytes + self.step_bytes(backward=False) + self.rows_bytes
 
     @property
     def backward_bytes(self) -> int:
         """Scratch of a loss that makes its gradients in the same walk."""
-        more = self.scores_bytes + self.score_tile.backward_bytes + self.rows_bytes
-        return max(self.forward_bytes, more)
+        return self.scores_bytes + self.step_bytes(backward=True) + self.rows_bytes

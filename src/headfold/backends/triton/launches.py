@@ -12,7 +12,9 @@ from headfold.backends.triton.backward import key_gradients, query_gradients
 from headfold.backends.triton.folding import fold_heads, unfold_heads
 from headfold.backends.triton.forward import score_slab
 from headfold.backends.triton.launch import launch
+from headfold.backends.triton.memory import FRESH, Allocator
 from headfold.backends.triton.products import ACCUMULATORS, is_near, pieces, precision
+from headfold.backends.triton.replay import do
 from headfold.backends.triton.table import Row, arch_of, tile
 from headfold.backends.triton.visible import bias_strides, bound_strides, rows_of
 from headfold.contract import compute_dtype
@@ -164,17 +166,36 @@ def launch_query_gradients(dq: Tensor | None, dweights: Tensor | None, g: Tensor
     launch(query_gradients, grid, dq, dweights, g, *arguments, **more, **constants)
 
 
-def launch_key_gradients(dk: Tensor, g: Tensor, slab: Slab, *, relu: bool, add: bool, parts: int) -> None:
+def launch_key_gradients(
+    dk: Tensor, g: Tensor, slab: Slab, *, relu: bool, add: bool, parts: int, memory: Allocator = FRESH
+) -> None:
     """Write dk [b, sk, d], or add to it; through `parts` sums in the compute dtype where there is more than one."""
     b, sk, d = slab.k.shape
     if b * sk == 0:
         return
-    sums = dk.unsqueeze(0) if parts == 1 else empty(slab.k, parts, b, sk, d)
-    launch_key_sums(sums, g, slab, relu=relu, add=add and parts == 1)
-    if parts > 1:
-        for part in sums[1:]:
-            sums[0] += part
-        dk.add_(sums[0]) if add else dk.copy_(sums[0])
+    if parts == 1:
+        launch_key_sums(dk.unsqueeze(0), g, slab, relu=relu, add=add)
+        return
+    with memory.step():
+        sums = empty(slab.k, parts, b, sk, d, memory=memory)
+        launch_key_sums(sums, g, slab, relu=relu, add=False)
+        do(_add_parts if add else _write_parts, dk, sums)
+
+
+def _add_parts(dk: Tensor, sums: Tensor) -> None:
+    """Add sums [parts, b, sk, d] to dk, the parts among themselves first."""
+    dk.add_(_sum_of(sums))
+
+
+def _write_parts(dk: Tensor, sums: Tensor) -> None:
+    """Write the sum of sums [parts, b, sk, d] to dk."""
+    dk.copy_(_sum_of(sums))
+
+
+def _sum_of(parts: Tensor) -> Tensor:
+    for part in parts[1:]:
+        parts[0] += part
+    return parts[0]
 
 
 def launch_key_sums(
@@ -211,9 +232,9 @@ def launch_unfold(dq: Tensor | None, dweights: Tensor | None, u: Tensor, q: Tens
         launch(unfold_heads, grid, dq, dweights, u, q, weights, sq, *strides, **constants)
 
 
-def empty(like: Tensor, *shape: int) -> Tensor:
+def empty(like: Tensor, *shape: int, memory: Allocator = FRESH) -> Tensor:
     """Allocate in the compute dtype."""
-    return torch.empty(shape, dtype=compute_dtype(like.dtype), device=like.device)
+    return memory.empty(*shape, dtype=compute_dtype(like.dtype), device=like.device)
 
 
 def strides_of(x: Tensor | None, count: int) -> tuple[int, ...]:

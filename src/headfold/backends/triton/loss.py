@@ -6,7 +6,8 @@ see. Its scores become g = dL/dscores, and the gradient kernels consume them bef
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Hashable
 from typing import NamedTuple, overload
 
 import torch
@@ -16,8 +17,13 @@ from headfold.backends.eager.loss import share_of_a_row
 from headfold.backends.eager.scores import empty_rows_like
 from headfold.backends.eager.scratch import Visible
 from headfold.backends.triton.compare import compare, mark_seen, mark_selected
+from headfold.backends.triton.launches import Slab
+from headfold.backends.triton.memory import Allocator, Arena
+from headfold.backends.triton.products import precision
+from headfold.backends.triton.replay import do, replay
 from headfold.backends.triton.scores import add_gradients, fill_scores
 from headfold.backends.triton.select import Scratch, select
+from headfold.backends.triton.table import arch_of, tile
 from headfold.backends.triton.teacher import fill_mass
 from headfold.backends.triton.visible import rows_of
 from headfold.contract import compute_dtype
@@ -65,6 +71,21 @@ class Call(NamedTuple):
     def seen(self) -> tuple[Tensor | None, Tensor | None, int | None, int]:
         """The range: start, end, offset and ratio."""
         return self.start, self.end, self.offset, self.ratio
+
+    def tensors(self) -> tuple[Tensor | None, ...]:
+        """Return every tensor."""
+        return self.q, self.weights, self.k, self.query, self.key, self.start, self.end, self.bias, self.row_mask
+
+    def traits(self) -> Hashable:
+        """Return what the launches of a call follow from beside its tensors and its plan."""
+        slab = Slab(self.q, self.weights, self.k, self.start, self.end, self.bias, self.offset, self.ratio, self.scale)
+        arch, scores = arch_of(self.q.device), ("scores", "query_gradients", "key_gradients")
+        tiles = (
+            *map(slab.row, scores),
+            *(tile(name, arch, self.query.dtype, self.query.shape[3]) for name in ("teacher sums", "teacher mass")),
+        )
+        scales = float(self.scale).hex(), float(self.softmax_scale).hex()
+        return self.offset, self.ratio, self.relu, scales, tiles, precision(self.k.dtype), precision(self.query.dtype)
 
     def limit(self) -> int:
         """Return one past the last key that the static bound lets the last row see."""
@@ -116,22 +137,51 @@ def indexer_loss(
         share = share_of_a_row(row_mask, b * sq, mean, dtype, device)
         losses = torch.zeros(b, sq, dtype=dtype, device=device)
         buffer = torch.empty(plan.batches * plan.rows * plan.width, dtype=dtype, device=device)
-        for batch in blocks(b, plan.batches):
-            for row in blocks(sq, plan.rows):
-                some = call.of(batch, row)
-                gradients = part(dq, batch, row), part(dweights, batch, row), None if dk is None else dk[slice(*batch)]
-                if some.limit() == 0:
-                    _zero(*gradients[:2])
-                    continue
-                scores = _scores(buffer, plan, some)
-                picked = part(indices, batch, row)
-                _select(plan, scores, some, picked)
-                rows = part(losses, batch, row)
-                _compare(plan, scores, some, picked, sparse, rows, share, reduce, backward=backward)
-                if backward:  # all keys, so that dk is summed alike in every slab; g is zero where the bias hides
-                    inputs = some.q, some.weights, some.k, some.start, some.end
-                    add_gradients(scores, *inputs, None, some.offset, ratio, relu, scale, *gradients)
+        memory = Arena(plan.step_bytes(backward), device)
+        results = losses, indices, dq, dweights, dk
+        walk = functools.partial(_walk, plan, call, buffer, memory, results, share, reduce, sparse=sparse)
+        if reduce is None:
+            replay(walk, (plan, sparse, call.traits()), buffer, memory.bytes, *results, share, *call.tensors())
+        else:  # which nothing is known of
+            walk()
         return losses.sum().mul_(share), indices, dq, dweights, dk
+
+
+def _walk(
+    plan: LossSlab,
+    call: Call,
+    buffer: Tensor,
+    memory: Allocator,
+    results: tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None],
+    share: Tensor,
+    reduce: Reduce | None,
+    *,
+    sparse: bool,
+) -> None:
+    """Write losses, zeros before, and indices, dq and dweights, and add to dk: slab by slab of scores in the buffer."""
+    losses, indices, dq, dweights, dk = results
+    backward = any(x is not None for x in results[2:])
+    b, sq = losses.shape
+    for batch in blocks(b, plan.batches):
+        for row in blocks(sq, plan.rows):
+            some = call.of(batch, row)
+            gradients = part(dq, batch, row), part(dweights, batch, row), None if dk is None else dk[slice(*batch)]
+            if some.limit() == 0:
+                _zero(*gradients[:2])
+                continue
+            with memory.step():
+                scores = _scores(buffer, plan, some, memory)
+            picked = part(indices, batch, row)
+            with memory.step():
+                _select(plan, scores, some, picked, memory)
+            rows = part(losses, batch, row)
+            with memory.step():
+                _compare(plan, scores, some, picked, sparse, rows, share, reduce, memory, backward=backward)
+            if backward:  # all keys, so that dk is summed alike in every slab; g is zero where the bias hides
+                inputs = some.q, some.weights, some.k, some.start, some.end
+                options = None, some.offset, some.ratio, some.relu, some.scale
+                with memory.step():
+                    add_gradients(scores, *inputs, *options, *gradients, memory)
 
 
 @overload
@@ -153,24 +203,28 @@ def _zero(*gradients: Tensor | None) -> None:
     """Zero the gradients of rows that the static bound bars from every key."""
     for gradient in gradients:
         if gradient is not None:
-            gradient.zero_()
+            do(_fill_with_zeros, gradient)
 
 
-def _scores(buffer: Tensor, plan: LossSlab, some: Call) -> Tensor:
+def _fill_with_zeros(x: Tensor) -> None:
+    x.zero_()
+
+
+def _scores(buffer: Tensor, plan: LossSlab, some: Call, memory: Allocator) -> Tensor:
     """Return the scores [batches, rows, sk] of a slab, in the buffer; keys from the static bound on are not written."""
     (b, rows), n = some.q.shape[:2], some.limit()
     scores = buffer[: b * rows * plan.width].view(b, rows, plan.width)[..., : plan.sk]
     bias = None if some.bias is None else some.bias[..., :n]
     ranges = some.start, some.end, bias, some.offset, some.ratio
-    fill_scores(scores[..., :n], some.q, some.weights, some.k[:, :n], *ranges, some.relu, some.scale)
+    fill_scores(scores[..., :n], some.q, some.weights, some.k[:, :n], *ranges, some.relu, some.scale, memory)
     return scores
 
 
-def _select(plan: LossSlab, scores: Tensor, some: Call, indices: Tensor | None) -> None:
+def _select(plan: LossSlab, scores: Tensor, some: Call, indices: Tensor | None, memory: Allocator) -> None:
     """Write the indices [batches, rows, topk] of a slab: as many rows at a time as the plan has room for."""
     if indices is None or plan.kept is None:
         return
-    n, scratch = some.limit(), Scratch(plan.kept, scores.device)
+    n, scratch = some.limit(), Scratch(plan.kept, scores.device, memory)
     for first, end in blocks(scores.shape[1], plan.kept.rows // plan.batches):
         offset = None if some.offset is None else some.offset + first
         start, stop = rows_of(some.start, first, end), rows_of(some.end, first, end)
@@ -187,21 +241,24 @@ def _compare(
     losses: Tensor,
     share: Tensor,
     reduce: Reduce | None,
+    memory: Allocator,
     *,
     backward: bool,
 ) -> None:
     """Write the losses of a slab's rows and, for backward, dL/dscores in place of its scores."""
     (b, rows), n = some.q.shape[:2], some.limit()
-    mass = scores.new_empty(b, rows, padded(n))
+    empty = functools.partial(memory.empty, device=scores.device)
+    mass = empty(b, rows, padded(n), dtype=scores.dtype)
     marks = None
     if sparse:
-        marks = torch.zeros_like(mass, dtype=torch.uint8)
+        marks = empty(*mass.shape, dtype=torch.uint8)
+        do(_fill_with_zeros, marks)
         if plan.kept is not None and indices is not None:
             mark_selected(marks, indices[..., : plan.kept.topk])
     elif some.bias is not None:
-        marks = torch.empty_like(mass, dtype=torch.uint8)
+        marks = empty(*mass.shape, dtype=torch.uint8)
         mark_seen(marks, some.bias, *some.seen, n)
-    sums = scores.new_empty(plan.sums)
+    sums = empty(plan.sums, dtype=scores.dtype)
     fill_mass(mass, sums, some.query, some.key, marks, *some.seen, n, some.softmax_scale)
     if reduce is not None:
         reduce(mass)

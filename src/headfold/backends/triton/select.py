@@ -9,6 +9,7 @@ from torch import Tensor
 
 from headfold.backends.triton.keep import keep_kernel
 from headfold.backends.triton.launch import launch
+from headfold.backends.triton.memory import FRESH, Allocator
 from headfold.backends.triton.order import count_kernel, merge_kernel, order_kernel, write_kernel
 from headfold.backends.triton.table import arch_of
 from headfold.backends.triton.visible import bound_strides
@@ -65,9 +66,9 @@ ORDERS = {
 class Scratch:
     """Buffers for what is kept of rows, used by every slab: room while a row is cut, lines until they are sorted."""
 
-    def __init__(self, plan: Kept, device: torch.device) -> None:
+    def __init__(self, plan: Kept, device: torch.device, memory: Allocator = FRESH) -> None:
         def empty(count: int, dtype: torch.dtype) -> Tensor:
-            return torch.empty(count, dtype=dtype, device=device)
+            return memory.empty(count, dtype=dtype, device=device)
 
         # A float64 score leaves no room for its key, and is not put in order where its key is written.
         wide = plan.size == 8
@@ -91,7 +92,7 @@ class Scratch:
     def lines(self, buffer: Tensor, first: int, b: int, rows: int) -> Tensor:
         """View lines of a buffer of this scratch, from `first` on, as [b, rows, topk]."""
         topk = self.plan.topk
-        return buffer.as_strided((b, rows, topk), (rows * topk, topk, 1), first * topk)
+        return buffer[first * topk : (first + b * rows) * topk].view(b, rows, topk)
 
 
 def row_of(arch: str, sk: int) -> Row:
