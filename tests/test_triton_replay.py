@@ -178,9 +178,11 @@ def test_what_was_not_used_for_longest_is_let_go(said: Said, monkeypatch: pytest
     assert (sizes(), kept.launches) == ([3, 2, 1], 9)
     call(3, 0)
     assert (sizes(), kept.launches) == ([2, 1, 0], 6)
-    call(4, 20)
-    assert (sizes(), kept.launches) == ([], 0)
-    for key in range(5, 100):
+    call(4, 20)  # more than are kept of all
+    assert (sizes(), kept.launches) == ([2, 1, 0, 0], 7)
+    call(5, 8)
+    assert (sizes(), kept.launches) == ([8], 9)
+    for key in range(6, 100):
         replay(lambda: None, key, x)
     assert len(kept.steps) == kept.launches == 9
 
@@ -272,14 +274,27 @@ LOSSES: dict[str, dict[str, Any]] = {
     "dense, with a bias and a mask": {"bias": True, "row_mask": True},
     "without an activation": {"relu": False, "h": 32},
     "without gradients": {"needs": False, "topk": 40},
+    "fewer batch elements last": {"b": 6, "sq": 64, "sk": 4096, "h": 128, "d": 256, "np": 128},
+    "fewer batch elements last, folded": {"b": 300, "sq": 64, "sk": 100, "h": 16, "d": 192, "np": 1, "relu": False},
     "many slabs": {"sq": 700, "sk": 1500, "topk": 40, "sparse": True},
 }
 
 
 @pytest.mark.parametrize("name", LOSSES)
 def test_a_loss_done_again_is_done_as_by_its_walk(name: str, said: Said, monkeypatch: pytest.MonkeyPatch) -> None:
-    call = {"sq": 300, "sk": 300, "h": 4, "topk": None, "sparse": False, "offset": 0, **LOSSES[name]}
-    b, sq, sk, h, d = 2, call["sq"], call["sk"], call["h"], 16
+    call = {
+        "b": 2,
+        "sq": 300,
+        "sk": 300,
+        "h": 4,
+        "d": 16,
+        "topk": None,
+        "sparse": False,
+        "offset": 0,
+        "np": 4,
+        **LOSSES[name],
+    }
+    b, sq, sk, h, d = (call[name] for name in ("b", "sq", "sk", "h", "d"))
     kernels = {
         launches: ("score_slab", "query_gradients", "key_gradients", "fold_heads", "unfold_heads"),
         select: ("keep_kernel", "order_kernel"),
@@ -302,8 +317,8 @@ def test_a_loss_done_again_is_done_as_by_its_walk(name: str, said: Said, monkeyp
             torch.zeros(b, sq, h, d),
             torch.zeros(b, sq, h),
             torch.zeros(b, sk, d),
-            torch.zeros(b, sq, 4, 16),
-            torch.zeros(b, sk, 2, 16),
+            torch.zeros(b, sq, call["np"], 16),
+            torch.zeros(b, sk, 1, 16),
             None,
             None,
             torch.zeros(b, sq, sk) if "bias" in call else None,
@@ -330,7 +345,46 @@ def test_a_loss_done_again_is_done_as_by_its_walk(name: str, said: Said, monkeyp
     replay(lambda: pytest.fail("ran again"), key, *tensors_there)
     assert said == by_walk
     assert len(said) > 4
-    assert any(one[0] == "_add_parts" for one in said) == (name == "several sums of dk")
+    assert any(one[0] == "_add_parts" for one in said) == (name in ("several sums of dk", "fewer batch elements last"))
+
+
+def test_other_tiles_are_other_launches(said: Said) -> None:
+    kernel, x, ran = Kernel("zero", ("x",), said), torch.zeros(4), []
+
+    def run() -> None:
+        ran.append(1)
+        launch(kernel, (1,), x)
+
+    def call() -> None:
+        replay(run, "key", x)
+
+    for _ in range(3):
+        call()
+    for kernel_of_a_row in ("scores", "compare"):
+        with table.trying(table.tile(kernel_of_a_row, "cpu", torch.float32, 16, 4)._replace(keys=128)):
+            call()
+    call()
+    assert len(ran) == 4
+
+
+def test_what_is_done_again_within_another_call_is_noted_for_that(said: Said) -> None:
+    kernel, x, ran = Kernel("zero", ("x",), said), torch.zeros(4), []
+
+    def inner() -> None:
+        launch(kernel, (1,), x)
+
+    def outer() -> None:
+        ran.append(1)
+        replay(inner, "inner", x)
+        launch(kernel, (2,), x)
+
+    for _ in range(3):
+        replay(inner, "inner", x)
+    for _ in range(3):
+        said.clear()
+        replay(outer, "outer", x)
+        assert [one[1][0] for one in said] == [1, 2]
+    assert len(ran) == 2
 
 
 def test_what_torch_does_is_done_again_to_the_same_views(said: Said) -> None:
@@ -380,7 +434,7 @@ def test_a_step_takes_the_bytes_of_the_last_one_and_no_more() -> None:
         assert arena.empty(2, dtype=torch.float64, device=cpu).data_ptr() == first.data_ptr()
 
 
-def test_other_tiles_and_another_precision_are_other_launches(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_another_precision_or_scale_is_another_selection(monkeypatch: pytest.MonkeyPatch) -> None:
     keys: list[Any] = []
     monkeypatch.setattr(topk, "replay", lambda run, key, *tensors: keys.append(key))
     q, k = torch.zeros(1, 8, 4, 16), torch.zeros(1, 8, 16)
@@ -390,16 +444,14 @@ def test_other_tiles_and_another_precision_are_other_launches(monkeypatch: pytes
 
     call()
     call()
-    with table.trying(table.tile("scores", "cpu", torch.float32, 16, 4)._replace(keys=128)):
-        call()
     monkeypatch.setattr(topk, "precision", lambda dtype: "tf32")
     call()
     call(0.25)
     assert keys[0] == keys[1]
-    assert len({*keys}) == 4
+    assert len({*keys}) == 3
 
 
-def test_other_tiles_and_another_precision_are_other_steps_of_a_loss(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_another_precision_or_scale_is_another_loss(monkeypatch: pytest.MonkeyPatch) -> None:
     keys: list[Any] = []
     monkeypatch.setattr(loss, "replay", lambda run, key, *tensors: keys.append(key))
     q, k, beside = torch.zeros(1, 8, 4, 16), torch.zeros(1, 8, 16), torch.zeros(1, 8, 2, 16)
@@ -411,13 +463,10 @@ def test_other_tiles_and_another_precision_are_other_steps_of_a_loss(monkeypatch
 
     call()
     call()
-    for kernel in ("query_gradients", "teacher mass"):
-        with table.trying(table.tile(kernel, "cpu", torch.float32, 16, 4)._replace(keys=128)):
-            call()
     monkeypatch.setattr(loss, "precision", lambda dtype: "tf32")
     call()
     call(scale=0.25)
     call(softmax_scale=1)
     call(sparse=False)
     assert keys[0] == keys[1]
-    assert len({*keys}) == 7
+    assert len({*keys}) == 5

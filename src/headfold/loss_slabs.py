@@ -5,7 +5,7 @@ Plain integers, no torch, as `headfold.loss_tiles`, which cuts the same call int
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from headfold.score_tiles import ScoreTile
 from headfold.tiles import MIB
@@ -100,9 +100,10 @@ class LossSlab:
     def step_bytes(self, backward: bool) -> int:
         """Scratch of the largest step of a slab, beside its scores."""
         kept = 0 if self.kept is None else self.kept.scratch_bytes
-        tile = self.score_tile
-        gradients = tile.backward_bytes if backward else 0
-        return max(self.teacher_bytes, kept, tile.forward_bytes, gradients) + _PIECES * PIECE
+        # The last batch elements may be fewer, and their rows shared out among more sums.
+        tiles = self.score_tile, replace(self.score_tile, b=self.b % self.batches or self.batches)
+        scored = max(tile.backward_bytes if backward else tile.forward_bytes for tile in tiles)
+        return max(self.teacher_bytes, kept, scored) + _PIECES * PIECE
 
     @property
     def forward_bytes(self) -> int:

@@ -178,7 +178,7 @@ def _dense_key_gradients(
             q[i : i + 1], _alone(weights, i), k[i : i + 1], _alone(start, i), _alone(end, i), None, offset, ratio, 1.0
         )
         walk = functools.partial(_sum_slabs, sums, folded, every, whole, i * sq, indices, ranges, g, q, weights, scale)
-        key = "selected keys", tile, i, offset, ratio, scale.hex(), whole.row("key_sums"), precision(k.dtype)
+        key = "selected keys", tile, i, offset, ratio, scale.hex(), precision(k.dtype)
         replay(walk, key, sums, folded, *every.tensors(), indices, start, end, bias, g, q, weights, k)
         if parts is not None:
             for part in parts:

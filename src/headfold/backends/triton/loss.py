@@ -17,13 +17,11 @@ from headfold.backends.eager.loss import share_of_a_row
 from headfold.backends.eager.scores import empty_rows_like
 from headfold.backends.eager.scratch import Visible
 from headfold.backends.triton.compare import compare, mark_seen, mark_selected
-from headfold.backends.triton.launches import Slab
 from headfold.backends.triton.memory import Allocator, Arena
 from headfold.backends.triton.products import precision
 from headfold.backends.triton.replay import do, replay
 from headfold.backends.triton.scores import add_gradients, fill_scores
 from headfold.backends.triton.select import Scratch, select
-from headfold.backends.triton.table import arch_of, tile
 from headfold.backends.triton.teacher import fill_mass
 from headfold.backends.triton.visible import rows_of
 from headfold.contract import compute_dtype
@@ -78,14 +76,8 @@ class Call(NamedTuple):
 
     def traits(self) -> Hashable:
         """Return what the launches of a call follow from beside its tensors and its plan."""
-        slab = Slab(self.q, self.weights, self.k, self.start, self.end, self.bias, self.offset, self.ratio, self.scale)
-        arch, scores = arch_of(self.q.device), ("scores", "query_gradients", "key_gradients")
-        tiles = (
-            *map(slab.row, scores),
-            *(tile(name, arch, self.query.dtype, self.query.shape[3]) for name in ("teacher sums", "teacher mass")),
-        )
         scales = float(self.scale).hex(), float(self.softmax_scale).hex()
-        return self.offset, self.ratio, self.relu, scales, tiles, precision(self.k.dtype), precision(self.query.dtype)
+        return self.offset, self.ratio, self.relu, scales, precision(self.k.dtype), precision(self.query.dtype)
 
     def limit(self) -> int:
         """Return one past the last key that the static bound lets the last row see."""
@@ -141,7 +133,7 @@ def indexer_loss(
         results = losses, indices, dq, dweights, dk
         walk = functools.partial(_walk, plan, call, buffer, memory, results, share, reduce, sparse=sparse)
         if reduce is None:
-            replay(walk, (plan, sparse, call.traits()), buffer, memory.bytes, *results, share, *call.tensors())
+            replay(walk, ("loss", plan, sparse, call.traits()), buffer, memory.bytes, *results, share, *call.tensors())
         else:  # which nothing is known of
             walk()
         return losses.sum().mul_(share), indices, dq, dweights, dk

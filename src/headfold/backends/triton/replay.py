@@ -15,21 +15,20 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-# Launches that are kept, each with all of its arguments: enough for some ninety calls of 32768 rows.
-_MOST = 1 << 14
+from headfold.backends.triton.table import tried
+
+# Steps that are kept, each with all of its arguments. A selection of 32768 rows has some 180, a loss of as many 7500.
+_MOST = 1 << 15
 # Whether pointers or integers are multiples of this is compiled into kernels.
 ALIGNED = 16
 
 
-class Step(NamedTuple):
-    """A launch: start(*args, stream=…).   pointers: (at, tensor, offset), where args[at] is so many bytes into one.
-
-    Without pointers what torch does: start(*args), where args are views.
-    """
+class Launch(NamedTuple):
+    """start(*args, stream=…).   pointers: (at, tensor, offset), where args[at] is so many bytes into a tensor."""
 
     start: Callable[..., None]
     args: list[Any]
-    pointers: tuple[tuple[int, int, int], ...] | None
+    pointers: tuple[tuple[int, int, int], ...]
 
 
 class View(NamedTuple):
@@ -51,19 +50,30 @@ class View(NamedTuple):
         return view.set_(memory, begin // self.dtype.itemsize, self.shape, self.strides)
 
 
-class Notes:
-    """What one call launches on its tensors.
+class Done(NamedTuple):
+    """What torch does to views of tensors: function(*views)."""
 
-    steps: None where it cannot be launched again by pointers alone.
+    function: Callable[..., None]
+    views: list[View]
+
+
+Steps = list[Launch | Done]
+
+
+class Notes:
+    """What one call does to its tensors.
+
+    steps: None where it cannot be done again by pointers alone, or has more steps than are kept.
     """
 
-    def __init__(self, tensors: Sequence[Tensor | None]) -> None:
-        self.places = _places(tensors)
-        self.steps: list[Step] | None = []
+    def __init__(self, tensors: Sequence[Tensor | None], most: int) -> None:
+        self.places, self.most = _places(tensors), most
+        self.steps: Steps | None = []
 
     def add(self, compiled: Any, grid: tuple[int, ...], args: Sequence[Any]) -> None:
         """Note a launch of a compiled kernel with all of its arguments."""
-        if self.steps is None:
+        steps = self._room()
+        if steps is None:
             return
         pointers = []
         for at, x in enumerate(args):
@@ -73,16 +83,26 @@ class Notes:
                     return
                 pointers.append((at, *found))
         numbers = [0 if isinstance(x, Tensor) else x for x in args]
-        self.steps.append(Step(compiled[grid], numbers, tuple(pointers)))
+        steps.append(Launch(compiled[grid], numbers, tuple(pointers)))
 
     def add_call(self, function: Callable[..., None], args: Sequence[Tensor]) -> None:
-        """Note what torch did to tensors."""
-        if self.steps is None or any(x.numel() == 0 for x in args):
+        """Note what torch did to tensors, none of them empty."""
+        steps = self._room()
+        if steps is None:
             return
-        found = [self._found(x) for x in args]
-        views = [View(*at, x.dtype, x.shape, x.stride()) for x, at in zip(args, found, strict=True) if at is not None]
-        if self.steps is not None:
-            self.steps.append(Step(function, views, None))
+        views = []
+        for x in args:
+            found = self._found(x)
+            if found is None:
+                return
+            views.append(View(*found, x.dtype, x.shape, x.stride()))
+        steps.append(Done(function, views))
+
+    def _room(self) -> Steps | None:
+        """Return the steps, where there may be one more of them."""
+        if self.steps is not None and _size(self.steps) >= self.most:
+            self.steps = None
+        return self.steps
 
     def _found(self, x: Tensor) -> tuple[int, int] | None:
         """Return which tensor's memory x views, and how many bytes behind its start; or note that it is none's."""
@@ -102,10 +122,10 @@ class _Kept:
 
     def __init__(self, most: int) -> None:
         self.most, self.launches = most, 0
-        self.steps: dict[Hashable, list[Step] | None] = {}
+        self.steps: dict[Hashable, Steps | None] = {}
         self.lock = threading.Lock()
 
-    def take(self, key: Hashable) -> tuple[bool, list[Step] | None]:
+    def take(self, key: Hashable) -> tuple[bool, Steps | None]:
         """Return whether a key was met before, and its steps, which are no longer kept."""
         with self.lock:
             met = key in self.steps
@@ -113,7 +133,7 @@ class _Kept:
             self.launches -= _size(steps) if met else 0
         return met, steps
 
-    def put(self, key: Hashable, steps: list[Step] | None) -> None:
+    def put(self, key: Hashable, steps: Steps | None) -> None:
         """Keep the steps of a key, and let go of those that were not used for longest where there are too many."""
         with self.lock:
             self.launches += _size(steps) - (_size(self.steps[key]) if key in self.steps else 0)
@@ -122,7 +142,7 @@ class _Kept:
                 self.launches -= _size(self.steps.pop(next(iter(self.steps))))
 
 
-def _size(steps: list[Step] | None) -> int:
+def _size(steps: Steps | None) -> int:
     return 1 + len(steps or ())
 
 
@@ -133,10 +153,14 @@ _kept = _Kept(_MOST)
 def replay(run: Callable[[], None], key: Hashable, *tensors: Tensor | None) -> None:
     """Run what does nothing but launch kernels, and `do`, on `tensors` of one device, or do again what it did before.
 
-    key: everything that the launches follow from beside the tensors' dtypes, shapes, strides and alignment.
+    key: everything that the steps follow from beside the table of tiles, and the tensors' dtypes, shapes, strides,
+    alignment and places in memory that they share.
     """
+    if _local.notes is not None:  # which are of all of it
+        run()
+        return
     first = next(x for x in tensors if x is not None)
-    key = key, first.device, _apart(tensors), *map(_traits, tensors)
+    key = key, first.device, tried(), _apart(tensors), *map(_traits, tensors)
     with torch.cuda.device_of(first):
         met, steps = _kept.take(key)
         if not met:  # nor may it be again, as where keys grow by one with every call
@@ -149,28 +173,30 @@ def replay(run: Callable[[], None], key: Hashable, *tensors: Tensor | None) -> N
         _kept.put(key, steps)
         bases = [0 if x is None else x.data_ptr() for x in tensors]
         stream = torch.cuda.current_stream(first.device).cuda_stream
-        for start, args, pointers in steps:
-            if pointers is None:
-                start(*[view.of(tensors) for view in args])
+        for step in steps:
+            if isinstance(step, Done):
+                step.function(*[view.of(tensors) for view in step.views])
                 continue
-            args = [*args]
-            for at, tensor, offset in pointers:
+            args = [*step.args]
+            for at, tensor, offset in step.pointers:
                 args[at] = bases[tensor] + offset
-            start(*args, stream=stream)
+            step.start(*args, stream=stream)
 
 
-def _noted(run: Callable[[], None], tensors: Sequence[Tensor | None]) -> list[Step] | None:
-    """Run and return what was launched, or None where that is not all there is to it."""
-    outer, _local.notes = _local.notes, Notes(tensors)
+def _noted(run: Callable[[], None], tensors: Sequence[Tensor | None]) -> Steps | None:
+    """Run and return what was done, or None where that is not all there is to it."""
+    _local.notes = Notes(tensors, _kept.most)
     try:
         run()
         return _local.notes.steps
     finally:
-        _local.notes = outer
+        _local.notes = None
 
 
 def do(function: Callable[..., None], *tensors: Tensor) -> None:
-    """Call function(*tensors), which returns nothing, does the same to all tensors alike, and nothing to empty ones."""
+    """Call function(*tensors), which returns nothing and depends on nothing else, unless one of them is empty."""
+    if any(x.numel() == 0 for x in tensors):
+        return
     function(*tensors)
     if _local.notes is not None:
         _local.notes.add_call(function, tensors)

@@ -283,6 +283,11 @@ def tile(kernel: str, arch: str, dtype: torch.dtype, d: int, h: int = 1) -> Row:
     raise UnsupportedError(f'{kernel}: has no tile for {arch}, {KINDS[dtype]}, d={d}, h={h}. Use impl="eager".')
 
 
+def tried() -> tuple[Row, ...]:
+    """Return the rows that go before the table's now."""
+    return tuple(_TRIED)
+
+
 @contextmanager
 def trying(row: Row) -> Iterator[None]:
     """Put a row before the table, for calls made meanwhile."""

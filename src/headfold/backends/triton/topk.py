@@ -63,7 +63,7 @@ def index_topk(
     call = Slab(q, weights, k, start, end, bias, offset, ratio, scale)
     run = functools.partial(_fold, indices, scores, call, buffer, scratch, plan, relu=relu)
     if relu:  # else heads are folded first, into memory of their own
-        key = plan, offset, ratio, scale.hex(), call.row("scores"), precision(k.dtype)
+        key = "selection", plan, offset, ratio, scale.hex(), precision(k.dtype)
         replay(run, key, indices, scores, *call.tensors(), buffer, *scratch.tensors())
     else:
         run()
