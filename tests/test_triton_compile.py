@@ -5,21 +5,23 @@ from __future__ import annotations
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import time
 from concurrent.futures import Future
-from concurrent.futures.process import BrokenProcessPool
+from contextlib import closing, nullcontext
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
 from headfold.lanes import compiling
-from headfold.lanes.processes import processes
-from headfold.lanes.record import FAIL, Lane
+from headfold.lanes.processes import answers, processes
+from headfold.lanes.record import FAIL, PASS, Lane
 
 pytest.importorskip("triton", reason="Triton is not installed")
 from headfold.backends import triton
@@ -158,12 +160,37 @@ def test_jobs_that_wait_are_dropped_where_a_lane_ends_early() -> None:
     assert sum(job.cancelled() for job in waiting) >= 15
 
 
-def test_a_process_that_died_fails_its_rows_and_loses_no_other() -> None:
-    died: Future[Any] = Future()
-    died.set_exception(BrokenProcessPool("killed"))
-    row = compiling._answer("sm_90", 1, died)
-    assert (row["kernel"], row["arch"], row["verdict"]) == ("query_gradients bfloat16 h=32 d=128", "sm_90", FAIL)
-    assert row["note"].startswith("a process that compiles died")
+def square(n: int) -> int:
+    """Square a number, but for those that a process dies of."""
+    if n in (3, 4, 9):
+        os.kill(os.getpid(), signal.SIGKILL)
+    return n * n
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_what_a_process_dies_of_costs_no_other_answer(count: int) -> None:
+    found = list(answers(square, [(n,) for n in range(10)], count))
+    assert found == [0, 1, 4, None, None, 25, 36, 49, 64, None]
+
+
+def test_jobs_of_answers_that_nobody_reads_are_dropped() -> None:
+    began = time.monotonic()
+    with closing(answers(time.sleep, [(0.2,)] * 100, 1)) as found:
+        next(found)
+    assert time.monotonic() - began < 15
+
+
+def test_a_kernel_that_a_process_dies_of_fails_its_row_and_loses_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    names = ["query_gradients bfloat16 h=32 d=128", "others"]
+    monkeypatch.setattr(compiling, "_compiler", lambda: SimpleNamespace(TARGETS=("sm_90",), VERSION="3"))
+    monkeypatch.setattr(compiling, "_specimens", lambda _: [SimpleNamespace(name=name) for name in names])
+    given = iter([None, {"kernel": "others", "verdict": PASS}])
+    monkeypatch.setattr(compiling, "answers", lambda *_: given)
+    monkeypatch.setattr(compiling, "closing", nullcontext)
+    first, second = compiling.compiled(("sm_90",), workers=2).rows
+    assert (first["kernel"], first["arch"], first["verdict"]) == (names[0], "sm_90", FAIL)
+    assert first["note"] == "the process that compiled it died, as for lack of memory"
+    assert second == {"kernel": "others", "verdict": PASS}
 
 
 def test_the_lane_refuses_an_unknown_chip_and_the_interpreter() -> None:

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import functools
 import os
-from concurrent.futures import Future
-from concurrent.futures.process import BrokenProcessPool
-from contextlib import nullcontext
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 from headfold import backends
 from headfold.contract import UnsupportedError, one_of
-from headfold.lanes.processes import processes
+from headfold.lanes.processes import answers
 from headfold.lanes.record import FAIL, PASS, Column, Lane, Row, Track, no_track
 
 COLUMNS = (
@@ -60,10 +58,9 @@ def compiled(
     counts = {arch: len(_specimens(arch)[:first]) for arch in archs or tuple(compiling.TARGETS)}
     jobs = [(arch, i) for arch, count in counts.items() for i in range(count)]
     at_once = workers or max(1, min(WORKERS, os.cpu_count() or 1, len(jobs) // SHARE))
-    with processes(at_once) if at_once > 1 else nullcontext() as pool:
-        running = [(arch, i, None if pool is None else pool.submit(_row, arch, i)) for arch, i in jobs]
-        for arch, i, job in track(running, "compile"):
-            lane.rows.append(_row(arch, i) if job is None else _answer(arch, i, job))
+    with closing(answers(_row, jobs, at_once) if at_once > 1 else (_row(*job) for job in jobs)) as rows:
+        for (arch, i), row in zip(track(jobs, "compile"), rows, strict=True):
+            lane.rows.append(_died(arch, i) if row is None else row)
     lane.notes.append(f"Triton {compiling.VERSION}; no GPU is needed or used")
     return lane
 
@@ -91,12 +88,9 @@ def _compiler() -> Any:
     return compiling
 
 
-def _answer(arch: str, index: int, job: Future[Row]) -> Row:
-    try:
-        return job.result()
-    except BrokenProcessPool:
-        died = "a process that compiles died, of this or another kernel; --arch compiles fewer"
-        return {"kernel": _specimens(arch)[index].name, "arch": arch, "verdict": FAIL, "note": died}
+def _died(arch: str, index: int) -> Row:
+    note = "the process that compiled it died, as for lack of memory"
+    return {"kernel": _specimens(arch)[index].name, "arch": arch, "verdict": FAIL, "note": note}
 
 
 @functools.cache

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from itertools import product
 from typing import TYPE_CHECKING, Any
@@ -15,7 +15,7 @@ import torch
 from headfold import backends, scatter_tiles
 from headfold.contract import UnsupportedError, one_of
 from headfold.lanes.every_op import Inputs, make_inputs
-from headfold.lanes.processes import processes
+from headfold.lanes.processes import answers
 from headfold.lanes.record import FAIL, PASS, Column, Lane, Row, Track, no_track
 from headfold.loss_slabs import LossSlab
 from headfold.tiles import blocks
@@ -132,10 +132,10 @@ def tune(
     search = Search(arch, dtype, heads, dim, device)
     at_once = workers or max(1, min(WORKERS, (os.cpu_count() or 2) // 2))
     tried: list[tuple[Tile, Row]] = []
-    with processes(at_once) as pool:
-        jobs = [pool.submit(search.compiled, x, anyway=x == now) for x in candidates(kernel, now, heads)]
-        for job in track(jobs, f"compile {kernel}"):
-            tried += job.result()
+    jobs = [(x, x == now) for x in candidates(kernel, now, heads)]
+    with closing(answers(search.compiled, jobs, at_once)) as compiled:
+        for (candidate, _), found in zip(track(jobs, f"compile {kernel}"), compiled, strict=True):
+            tried += [(candidate, _died(candidate))] if found is None else found
     call = KERNELS[kernel].call(kernels, search.inputs(ROWS, KEYS))
     for candidate, row in track(tried, f"time {kernel}"):
         lane.rows.append(row if "verdict" in row else search.timed(candidate, row, call))
@@ -166,7 +166,7 @@ class Search:
         order = torch.rand(1, rows, keys, device=self.device).argsort(-1)[..., :TOPK]
         return made._replace(indices=order.to(torch.int32))
 
-    def compiled(self, candidate: Tile, *, anyway: bool = False) -> list[tuple[Tile, Row]]:
+    def compiled(self, candidate: Tile, anyway: bool = False) -> list[tuple[Tile, Row]]:
         """Return what became of a tile, and of the same with fewer registers where one more program would fit then.
 
         What can be timed has been launched once, so that Triton's cache holds it, and has no verdict yet.   anyway:
@@ -182,11 +182,7 @@ class Search:
     def _judged(self, candidate: Tile, *, anyway: bool = False) -> tuple[Row, int | None]:
         from headfold.backends.triton import compiling
 
-        row: Row = {name: getattr(candidate, name) for name in ("rows", "keys", "warps", "stages")}
-        if KERNELS[candidate.kernel].bounded:
-            row["uniform"] = "yes" if candidate.uniform else "no"
-        if candidate.registers is not None:
-            row["cap"] = candidate.registers
+        row = _sizes(candidate)
         specimen = specimen_of(candidate, self.dtype, self.heads, self.dim)
         try:
             found = compiling.compile_specimen(specimen, self.arch)
@@ -218,6 +214,19 @@ class Search:
         except Exception as error:  # noqa: BLE001 - drivers and Triton's launcher raise any type; this tile's row names it, and the next is timed
             return {**row, "verdict": "", "note": _named(error)}
         return {**row, "seconds": median, "low": low, "high": high, "verdict": PASS}
+
+
+def _sizes(candidate: Tile) -> Row:
+    row: Row = {name: getattr(candidate, name) for name in ("rows", "keys", "warps", "stages")}
+    if KERNELS[candidate.kernel].bounded:
+        row["uniform"] = "yes" if candidate.uniform else "no"
+    if candidate.registers is not None:
+        row["cap"] = candidate.registers
+    return row
+
+
+def _died(candidate: Tile) -> Row:
+    return {**_sizes(candidate), "verdict": "", "note": "the process that compiled it died, as for lack of memory"}
 
 
 @contextmanager
