@@ -6,6 +6,7 @@ Plain integers, no torch, as `headfold.loss_tiles`, which cuts the same call int
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import cached_property, lru_cache
 
 from headfold.score_tiles import ScoreTile
 from headfold.tiles import MIB
@@ -51,12 +52,7 @@ class LossSlab:
     ) -> LossSlab:
         """Return the slab for a call of this shape: as many rows as fit, at the extreme one of any number of keys."""
         kept = min(topk, sk) if topk is not None and topk * sk > 0 else None
-        one = cls(1, 1, b, sq, sk, h, d, np, size, kept, relu)
-        fit = max(1, _SLAB_BYTES // max(1, one.scores_bytes + one.teacher_bytes))
-        batches = max(1, min(b, fit // max(1, min(sq, _PRODUCT_ROWS))))
-        rows = fit // batches
-        step = next(step for step in (_PRODUCT_ROWS, _LEAST_ROWS, 1) if rows >= step)
-        return cls(batches, max(1, min(sq, rows // step * step)), b, sq, sk, h, d, np, size, kept, relu)
+        return _fitting(cls(1, 1, b, sq, sk, h, d, np, size, kept, relu), _SLAB_BYTES, _PRODUCT_ROWS)
 
     @property
     def width(self) -> int:
@@ -78,7 +74,7 @@ class LossSlab:
         """Mass, a byte of marks for each of its entries, and the sums that the mass is made from."""
         return self.batches * self.rows * self.width * (self.size + 1) + self.sums * self.size
 
-    @property
+    @cached_property
     def kept(self) -> Kept | None:
         """What selects from a slab: as many rows of every batch element at a time as need no more than the teacher."""
         if self.topk is None:
@@ -87,7 +83,7 @@ class LossSlab:
         rows = max(1, min(self.rows, self.teacher_bytes // one.scratch_bytes))
         return Kept.of(self.batches * rows, self.sk, self.topk, self.size)
 
-    @property
+    @cached_property
     def score_tile(self) -> ScoreTile:
         """What the score kernels allocate for a slab."""
         return ScoreTile(self.batches, self.rows, self.sk, self.h, self.d, self.size, self.relu)
@@ -97,20 +93,40 @@ class LossSlab:
         """Losses of all rows, their share, and their sum."""
         return (self.b * self.sq + 4) * self.size + 16
 
-    def step_bytes(self, backward: bool) -> int:
-        """Scratch of the largest step of a slab, beside its scores."""
+    @cached_property
+    def forward_step_bytes(self) -> int:
+        """Scratch of the largest step of a slab, beside its scores, where no gradients are made."""
         kept = 0 if self.kept is None else self.kept.scratch_bytes
-        # The last batch elements may be fewer, and their rows shared out among more sums.
-        tiles = self.score_tile, replace(self.score_tile, b=self.b % self.batches or self.batches)
-        scored = max(tile.backward_bytes if backward else tile.forward_bytes for tile in tiles)
+        scored = max(tile.forward_bytes for tile in self._score_tiles)
         return max(self.teacher_bytes, kept, scored) + _PIECES * PIECE
 
-    @property
-    def forward_bytes(self) -> int:
-        """Scratch of a loss without gradients: scores, and beside them whatever the largest step takes."""
-        return self.scores_bytes + self.step_bytes(backward=False) + self.rows_bytes
+    @cached_property
+    def backward_step_bytes(self) -> int:
+        """Scratch of the largest step of a slab, beside its scores, where gradients are made."""
+        scored = max(tile.backward_bytes for tile in self._score_tiles)
+        return max(self.forward_step_bytes, scored + _PIECES * PIECE)
 
     @property
+    def _score_tiles(self) -> tuple[ScoreTile, ScoreTile]:
+        """Of all slabs but the last batch elements', which may be fewer, their rows shared out among more sums."""
+        return self.score_tile, replace(self.score_tile, b=self.b % self.batches or self.batches)
+
+    @cached_property
+    def forward_bytes(self) -> int:
+        """Scratch of a loss without gradients: scores, and beside them whatever the largest step takes."""
+        return self.scores_bytes + self.forward_step_bytes + self.rows_bytes
+
+    @cached_property
     def backward_bytes(self) -> int:
         """Scratch of a loss that makes its gradients in the same walk."""
-        return self.scores_bytes + self.step_bytes(backward=True) + self.rows_bytes
+        return self.scores_bytes + self.backward_step_bytes + self.rows_bytes
+
+
+@lru_cache(maxsize=64)  # every layer and step asks for the same
+def _fitting(one: LossSlab, slab_bytes: int, product_rows: int) -> LossSlab:
+    """Return a slab of one row with as many rows as fit so many bytes, a multiple of a product's."""
+    fit = max(1, slab_bytes // max(1, one.scores_bytes + one.teacher_bytes))
+    batches = max(1, min(one.b, fit // max(1, min(one.sq, product_rows))))
+    rows = fit // batches
+    step = next(step for step in (product_rows, _LEAST_ROWS, 1) if rows >= step)
+    return replace(one, batches=batches, rows=max(1, min(one.sq, rows // step * step)))

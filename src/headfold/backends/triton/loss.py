@@ -129,7 +129,7 @@ def indexer_loss(
         share = share_of_a_row(row_mask, b * sq, mean, dtype, device)
         losses = torch.zeros(b, sq, dtype=dtype, device=device)
         buffer = torch.empty(plan.batches * plan.rows * plan.width, dtype=dtype, device=device)
-        memory = Arena(plan.step_bytes(backward), device)
+        memory = Arena(plan.backward_step_bytes if backward else plan.forward_step_bytes, device)
         results = losses, indices, dq, dweights, dk
         walk = functools.partial(_walk, plan, call, buffer, memory, results, share, reduce, sparse=sparse)
         if reduce is None:
