@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -58,32 +58,37 @@ def test_selection_is_a_stable_sort_of_the_scores(case: Case, dtype: torch.dtype
         assert torch.equal(indices[..., : case.sk], order[..., :topk].int())
 
 
+def done_again(call: Callable[[int], list[Tensor]], kept: int) -> list[list[Tensor]]:
+    """Check that a call of a seed gives the same bits by its walk and done again, in `kept` parts, and return those."""
+    from headfold.backends.triton import replay
+
+    replay._kept.steps.clear()
+    replay._kept.size = 0
+    by_walk = [call(seed) for seed in (1, 2)]  # the second is noted
+    again = [call(seed) for seed in (1, 2)]
+    assert sum(steps is not None for steps in replay._kept.steps.values()) == kept
+    for one, other in zip(by_walk, again, strict=True):
+        assert all(torch.equal(x, y) for x, y in zip(one, other, strict=True))
+    return again
+
+
 @pytest.mark.parametrize("topk", [100, 3000])
 @pytest.mark.parametrize("case", [c for c in CASES if c.d >= 16], ids=str)
 def test_a_selection_launched_again_takes_the_tensors_it_is_given(case: Case, topk: int) -> None:
-    from headfold.backends.triton import replay
-
-    def select(seed: int) -> Any:
+    def select(seed: int) -> list[Tensor]:
         q, weights, k = case.inputs(torch.bfloat16, seed)
         assert q is not None
         assert k is not None
-        return index_topk(q, weights, k, topk, with_scores=True, **case.call(), impl="triton")
+        found = index_topk(q, weights, k, topk, with_scores=True, **case.call(), impl="triton")
+        assert found.scores is not None
+        return [found.indices, found.scores]
 
-    replay._kept.steps.clear()
-    replay._kept.launches = 0
-    by_fold = [select(seed) for seed in (1, 2)]  # the second is noted
-    again = [select(seed) for seed in (1, 2)]
-    assert sum(steps is not None for steps in replay._kept.steps.values()) == (case.activation is not None)
-    for one, other in zip(by_fold, again, strict=True):
-        assert torch.equal(one.indices, other.indices)
-        assert torch.equal(one.scores, other.scores)
+    done_again(select, int(case.activation is not None))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
 @pytest.mark.parametrize("weighted", [True, False])
 def test_gradients_launched_again_take_the_tensors_they_are_given(dtype: torch.dtype, weighted: bool) -> None:
-    from headfold.backends.triton import replay
-
     def gradients(seed: int) -> list[Tensor]:
         drawn = Case(1500, 2000, b=2, h=16, d=64).inputs(dtype, seed)
         q, weights, k = (None if x is None else x.requires_grad_() for x in drawn)
@@ -95,13 +100,7 @@ def test_gradients_launched_again_take_the_tensors_they_are_given(dtype: torch.d
         )
         return list(torch.autograd.grad(kept, [q, k], torch.ones_like(kept)))
 
-    replay._kept.steps.clear()
-    replay._kept.launches = 0
-    by_walk = [gradients(seed) for seed in (1, 2)]  # the second is noted
-    again = [gradients(seed) for seed in (1, 2)]
-    assert sum(steps is not None for steps in replay._kept.steps.values()) == 2
-    for one, other in zip(by_walk, again, strict=True):
-        assert all(torch.equal(x, y) for x, y in zip(one, other, strict=True))
+    done_again(gradients, 2)  # batch elements
 
 
 @pytest.mark.parametrize(
@@ -117,8 +116,6 @@ def test_gradients_launched_again_take_the_tensors_they_are_given(dtype: torch.d
 def test_a_loss_done_again_takes_the_tensors_it_is_given(
     dtype: torch.dtype, sq: int, sk: int, call: dict[str, Any]
 ) -> None:
-    from headfold.backends.triton import replay
-
     def gradients(seed: int) -> list[Tensor]:
         q, weights, k = (x.requires_grad_() for x in Case(sq, sk, b=2, h=16, d=64).inputs(dtype, seed) if x is not None)
         some = torch.Generator("cuda").manual_seed(seed)
@@ -127,14 +124,7 @@ def test_a_loss_done_again_takes_the_tensors_it_is_given(
         found = [loss.detach(), *torch.autograd.grad(loss, (q, weights, k))]
         return found if indices is None else [*found, indices]
 
-    replay._kept.steps.clear()
-    replay._kept.launches = 0
-    by_walk = [gradients(seed) for seed in (1, 2)]  # the second is noted
-    again = [gradients(seed) for seed in (1, 2)]
-    assert sum(steps is not None for steps in replay._kept.steps.values()) == 1
-    for one, other in zip(by_walk, again, strict=True):
-        assert all(torch.equal(x, y) for x, y in zip(one, other, strict=True))
-    assert all(bool(x.double().abs().sum() > 0) for x in again[0])
+    assert all(bool(x.double().abs().sum() > 0) for x in done_again(gradients, 1)[0])
 
 
 @pytest.mark.filterwarnings("ignore:Synchronization debug mode:UserWarning")

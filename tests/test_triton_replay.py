@@ -171,20 +171,20 @@ def test_what_was_not_used_for_longest_is_let_go(said: Said, monkeypatch: pytest
 
     call(0, 2)
     call(1, 3)
-    assert (sizes(), kept.launches) == ([2, 3], 7)
+    assert (sizes(), kept.size) == ([2, 3], 7)
     call(0, 2)
     assert sizes() == [3, 2]
     call(2, 1)
-    assert (sizes(), kept.launches) == ([3, 2, 1], 9)
+    assert (sizes(), kept.size) == ([3, 2, 1], 9)
     call(3, 0)
-    assert (sizes(), kept.launches) == ([2, 1, 0], 6)
+    assert (sizes(), kept.size) == ([2, 1, 0], 6)
     call(4, 20)  # more than are kept of all
-    assert (sizes(), kept.launches) == ([2, 1, 0, 0], 7)
+    assert (sizes(), kept.size) == ([2, 1, 0, 0], 7)
     call(5, 8)
-    assert (sizes(), kept.launches) == ([8], 9)
+    assert (sizes(), kept.size) == ([8], 9)
     for key in range(6, 100):
         replay(lambda: None, key, x)
-    assert len(kept.steps) == kept.launches == 9
+    assert len(kept.steps) == kept.size == 9
 
 
 def test_an_error_while_launches_are_noted_leaves_none(said: Said) -> None:
@@ -221,6 +221,25 @@ class ViewsAlone(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+Made = list[tuple[Callable[[], None], Any, tuple["Tensor | None", ...]]]
+
+
+def assert_done_again(made: Made, said: Said) -> None:
+    """Check that the second of two like calls, noted on the tensors of the first, does on its own what it runs."""
+    (run, key, tensors), (run_there, key_there, tensors_there) = made
+    assert key == key_there
+    with ViewsAlone():  # type: ignore[no-untyped-call]
+        for _ in range(2):
+            replay(run, key, *tensors)
+    said.clear()
+    run_there()
+    by_hand = [*said]
+    said.clear()
+    replay(lambda: pytest.fail("ran again"), key, *tensors_there)
+    assert said == by_hand
+    assert len(said) > 4
+
+
 @pytest.mark.parametrize("name", CALLS)
 def test_a_selection_launched_again_is_launched_as_by_its_fold(
     name: str, said: Said, monkeypatch: pytest.MonkeyPatch
@@ -232,7 +251,7 @@ def test_a_selection_launched_again_is_launched_as_by_its_fold(
         *((select, f"{one}_kernel") for one in ("keep", "order", "count", "merge", "write")),
     ):
         monkeypatch.setattr(module, kernel, Kernel(kernel, getattr(module, kernel).arg_names, said))
-    made: list[tuple[Callable[[], None], Any, tuple[Tensor | None, ...]]] = []
+    made: Made = []
     monkeypatch.setattr(topk, "replay", lambda run, key, *tensors: made.append((run, key, tensors)))
     for _ in range(2):
         start, end = (torch.zeros(1, sq, dtype=torch.int32) if "bounds" in call else None for _ in range(2))
@@ -253,18 +272,7 @@ def test_a_selection_launched_again_is_launched_as_by_its_fold(
             1 << 18,
             call.get("in_order", True),
         )
-    (run, key, tensors), (run_there, key_there, tensors_there) = made
-    assert key == key_there
-    with ViewsAlone():  # type: ignore[no-untyped-call]
-        for _ in range(2):
-            replay(run, key, *tensors)
-    said.clear()
-    run_there()
-    by_fold = [*said]
-    said.clear()
-    replay(lambda: pytest.fail("ran again"), key, *tensors_there)
-    assert said == by_fold
-    assert len(said) > 4
+    assert_done_again(made, said)
 
 
 LOSSES: dict[str, dict[str, Any]] = {
@@ -310,7 +318,7 @@ def test_a_loss_done_again_is_done_as_by_its_walk(name: str, said: Said, monkeyp
 
     for module, function in ((loss, "_fill_with_zeros"), (launches, "_add_parts")):
         monkeypatch.setattr(module, function, say(function))
-    made: list[tuple[Callable[[], None], Any, tuple[Tensor | None, ...]]] = []
+    made: Made = []
     monkeypatch.setattr(loss, "replay", lambda run, key, *tensors: made.append((run, key, tensors)))
     for _ in range(2):
         loss.indexer_loss(
@@ -333,18 +341,7 @@ def test_a_loss_done_again_is_done_as_by_its_walk(name: str, said: Said, monkeyp
             True,
             needs=(call.get("needs", True),) * 3,
         )
-    (run, key, tensors), (run_there, key_there, tensors_there) = made
-    assert key == key_there
-    with ViewsAlone():  # type: ignore[no-untyped-call]
-        for _ in range(2):
-            replay(run, key, *tensors)
-    said.clear()
-    run_there()
-    by_walk = [*said]
-    said.clear()
-    replay(lambda: pytest.fail("ran again"), key, *tensors_there)
-    assert said == by_walk
-    assert len(said) > 4
+    assert_done_again(made, said)
     assert any(one[0] == "_add_parts" for one in said) == (name in ("several sums of dk", "fewer batch elements last"))
 
 

@@ -1,4 +1,4 @@
-"""The launches of a fold, kept for later calls that differ in their data alone.
+"""What a fold of slabs launches, kept for later calls that differ in their data alone.
 
 A fold of many slabs asks its plan, views its tensors and tells its kernels apart before every launch: more work for
 the host than a slab is for the device. All of it follows from shapes, strides and options, so the second call of a kind
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from headfold.backends.triton.table import tried
 
-# Steps that are kept, each with all of its arguments. A selection of 32768 rows has some 180, a loss of as many 7500.
+# Steps that are kept, each with all of its arguments: a selection of many rows has hundreds, a loss of them thousands.
 _MOST = 1 << 15
 # Whether pointers or integers are multiples of this is compiled into kernels.
 ALIGNED = 16
@@ -121,7 +121,7 @@ class _Kept:
     """Steps by key, the last used last, and None where a key was met once or its call cannot be launched again."""
 
     def __init__(self, most: int) -> None:
-        self.most, self.launches = most, 0
+        self.most, self.size = most, 0
         self.steps: dict[Hashable, Steps | None] = {}
         self.lock = threading.Lock()
 
@@ -130,16 +130,16 @@ class _Kept:
         with self.lock:
             met = key in self.steps
             steps = self.steps.pop(key, None)
-            self.launches -= _size(steps) if met else 0
+            self.size -= _size(steps) if met else 0
         return met, steps
 
     def put(self, key: Hashable, steps: Steps | None) -> None:
         """Keep the steps of a key, and let go of those that were not used for longest where there are too many."""
         with self.lock:
-            self.launches += _size(steps) - (_size(self.steps[key]) if key in self.steps else 0)
+            self.size += _size(steps) - (_size(self.steps[key]) if key in self.steps else 0)
             self.steps[key] = steps
-            while self.launches > self.most:
-                self.launches -= _size(self.steps.pop(next(iter(self.steps))))
+            while self.size > self.most:
+                self.size -= _size(self.steps.pop(next(iter(self.steps))))
 
 
 def _size(steps: Steps | None) -> int:
@@ -194,7 +194,7 @@ def _noted(run: Callable[[], None], tensors: Sequence[Tensor | None]) -> Steps |
 
 
 def do(function: Callable[..., None], *tensors: Tensor) -> None:
-    """Call function(*tensors), which returns nothing and depends on nothing else, unless one of them is empty."""
+    """Call function(*tensors), unless one is empty; what it does may follow from nothing but their kinds and data."""
     if any(x.numel() == 0 for x in tensors):
         return
     function(*tensors)
@@ -229,13 +229,12 @@ def _places(tensors: Sequence[Tensor | None]) -> dict[int, tuple[int, int]]:
 
 
 def _apart(tensors: Sequence[Tensor | None]) -> Hashable:
-    """Return how far tensors lie from the first in the same memory: a pointer does not say which of them it is into."""
+    """Return which tensor is the first in the memory of each, and how far it lies from that: pointers tell no more."""
     places, found = _places(tensors), []
-    for i, x in enumerate(tensors):
+    for x in tensors:
         if x is not None and x.numel() > 0:
             first, begin = places[_memory_of(x)]
-            if first != i:
-                found.append((i, first, x.data_ptr() - begin))
+            found.append((first, x.data_ptr() - begin))
     return tuple(found)
 
 
