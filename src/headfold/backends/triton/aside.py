@@ -16,8 +16,6 @@ from headfold.backends.triton.orders import (
     places,
     put,
     scores_of,
-    spots,
-    taken,
 )
 from headfold.backends.triton.pivots import count_above, narrowed, pivots
 
@@ -26,6 +24,7 @@ from headfold.backends.triton.pivots import count_above, narrowed, pivots
 DEVIATIONS = tl.constexpr(4.5)
 # As a share of the sample's keys above it, by how many more than are wanted the pivot is near enough.
 SLACK = tl.constexpr(16)
+SLACK_UPPER = tl.constexpr(2)
 # Deviations of a normal distribution from the least to the greatest of some thousand values.
 RANGE = tl.constexpr(7.0)
 # Scores as large as this are left out of a sample's mean: the others may be added up.
@@ -85,7 +84,7 @@ def sampled(
     spare = tl.maximum(capacity - capacity // 8 - topk, 0).to(tl.float32) / n.to(tl.float32) * SAMPLE / 2
     apart = tl.minimum(DEVIATIONS * tl.sqrt(SAMPLE * share * (1 - share)) + 2, spare)
     least, most = tl.ceil(SAMPLE * share + apart).to(tl.int32), tl.floor(SAMPLE * share - apart).to(tl.int32)
-    slack, slack_upper = least // SLACK, most // SLACK
+    slack, slack_upper = least // SLACK, most // SLACK_UPPER
     infinite: tl.constexpr = -BOTTOM - 1
     a = tl.minimum(tl.maximum(tl.min(tl.min(order, axis=1), axis=0) - 1, BOTTOM), infinite)
     b = tl.minimum(tl.max(tl.max(order, axis=1), axis=0), infinite)
@@ -102,7 +101,7 @@ def sampled(
             a, b, every, none, least, lower, middle, upper, over, over_middle, over_upper
         )
         pivot, _, _ = _near(order, below, above, more, fewer, least, slack, TOP)
-    pivot_upper = tl.full((), infinite, order.dtype)
+    pivot_upper = b
     if most > 0:
         wanted = most - slack_upper
         below, above, more, fewer = narrowed(
@@ -121,27 +120,26 @@ def _above(x, pivot, TOP: tl.constexpr):
 
 
 @triton.jit
-def _step(scores, found, found_key, t, x, a, b, sure, kept, room, TOP: tl.constexpr):
-    """Put keys t with scores x aside that are above b, or above a alone; return how many of each there are [warps]."""
-    aside, best = _above(x, a, TOP), _above(x, b, TOP)
-    place, sure, kept = numbered_apart(aside, best, sure, kept, room)
+def _step(scores, found, found_key, t, x, pivot, kept, room, TOP: tl.constexpr):
+    """Put keys t with scores x aside that are above a pivot; return how many each warp then has."""
+    aside = _above(x, pivot, TOP)
+    place, kept = numbered_apart(aside, kept, room)
     put(found, found_key, place, bits_of(x), t, aside)
-    return sure, kept
+    return kept
 
 
 @triton.jit
 def walk(
-    scores, found, found_key, low, n, a, b, room,
+    scores, found, found_key, low, n, pivot, room,
     TOP: tl.constexpr, DEEP: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    """Put aside of n keys those above b, and those above a alone, and return how many of each [warps].
+    """Put aside of n keys those above a pivot, and return how many [warps].
 
-    found, found_key: where a thread's list starts [wide, 1], which its warp shares. It has `room` places: the former
-    are put there from its start on, the latter from its end. Where it is too short for both, some are missing.
+    found, found_key: where a thread's list starts [wide, 1], which its warp shares. It has `room` places: where it is
+    too short, some are missing.
     """
     STEP: tl.constexpr = DEEP * WIDE
-    WARPS: tl.constexpr = WIDE // TOGETHER
-    sure, kept = tl.zeros((WARPS,), tl.int32), tl.zeros((WARPS,), tl.int32)
+    kept = tl.zeros((WIDE // TOGETHER,), tl.int32)
     whole = low + n // STEP * STEP
     x = tl.load(scores + places(low, DEEP, WIDE), mask=tl.full((WIDE, DEEP), low, tl.int32) < whole)
     for first in range(low, whole, STEP):
@@ -149,25 +147,10 @@ def walk(
         y = tl.load(
             scores + places(tl.minimum(first, whole - 2 * STEP) + STEP, DEEP, WIDE), eviction_policy="evict_first"
         )
-        sure, kept = _step(scores, found, found_key, places(first, DEEP, WIDE), x, a, b, sure, kept, room, TOP)
+        kept = _step(scores, found, found_key, places(first, DEEP, WIDE), x, pivot, kept, room, TOP)
         x = y
     if whole < low + n:
         t = places(whole, DEEP, WIDE)
         x = tl.load(scores + t, mask=t < low + n, other=float("-inf"))
-        sure, kept = _step(scores, found, found_key, t, x, a, b, sure, kept, room, TOP)
-    return sure, kept
-
-
-@triton.jit
-def write(found, found_key, many, longest, indices, results, TOP: tl.constexpr, DEEP: tl.constexpr, WIDE: tl.constexpr):
-    """Write the first keys of every list, and their scores.
-
-    found, found_key, many: of a thread's list [wide, 1], where it starts, and how many of its keys are written, at most
-    `longest`.   indices, results: where to.
-    """
-    for first in range(0, longest, DEEP * TOGETHER):
-        i = spots(first, DEEP, WIDE)
-        bits, key = taken(found, found_key, i, i < many)
-        tl.store(indices + i, key.to(indices.dtype.element_ty), mask=i < many)
-        if results is not None:
-            tl.store(results + i, scores_of(ordered(bits, TOP), TOP), mask=i < many)
+        kept = _step(scores, found, found_key, t, x, pivot, kept, room, TOP)
+    return kept

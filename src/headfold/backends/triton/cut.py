@@ -64,19 +64,24 @@ def _find(
     """
     STEP: tl.constexpr = HELD * (TOGETHER if PACKED else WIDE)
     OFTEN: tl.constexpr = 1023 // HELD
-    more = many
-    if a == BOTTOM:
+    # More than topk are above a, and at most topk above b.
+    more, fewer = many, count_true(order > b)
+    for first in range(STEP, longest, STEP):
+        fewer += count_true(orders(row, keys, first, n, BOTTOM, TOP, PACKED, HELD, WIDE) > b)
+    if (a == BOTTOM) | (fewer > topk):
         least, greatest, seen = _ends(order, BOTTOM, TOP)
         for first in range(STEP, longest, STEP):
             other = orders(row, keys, first, n, BOTTOM, TOP, PACKED, HELD, WIDE)
             some_least, some_greatest, some_seen = _ends(other, BOTTOM, TOP)
             least, greatest = tl.minimum(least, some_least), tl.maximum(greatest, some_greatest)
             seen += some_seen
-        a, b, more = tl.min(least, axis=0) - 1, tl.max(greatest, axis=0), tl.sum(seen, axis=0)
+        some = tl.sum(seen, axis=0)
+        known = a > BOTTOM
+        a, more = tl.where(known, b, tl.min(least, axis=0) - 1), tl.where(known, fewer, some)
+        b, fewer = tl.max(greatest, axis=0), tl.zeros((), tl.int32)
     if more <= topk:
         a, b = tl.full((), BOTTOM, order.dtype), tl.full((), BOTTOM, order.dtype)
-    # More than topk are above a, and at most topk above b.
-    fewer, steps = tl.zeros((), tl.int32), tl.zeros((), tl.int32)
+    steps = tl.zeros((), tl.int32)
     while (a + 1 < b) & (fewer < topk):
         lower, middle, upper = pivots(a, b, more, fewer, topk, steps, TOP)
         each = tally(order, lower, middle, upper)

@@ -12,9 +12,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from headfold.backends.triton.aside import sampled, walk, write
+from headfold.backends.triton.aside import sampled, walk
 from headfold.backends.triton.cut import cut, orders
-from headfold.backends.triton.orders import LONGEST, TOGETHER, by_thread
+from headfold.backends.triton.orders import TOGETHER, by_thread
 from headfold.backends.triton.search import search
 from headfold.backends.triton.visible import row_bounds
 
@@ -27,52 +27,38 @@ def _best(
 ):  # fmt: skip
     """Write the best topk of a row of more keys than there is room for, and return how many they are."""
     WARPS: tl.constexpr = WIDE // TOGETHER
-    room = tl.minimum(capacity // WARPS, LONGEST)
-    warp = tl.arange(0, WARPS)
-    mine = _of_threads(warp * room)
+    room = capacity // WARPS
+    first = tl.arange(0, WARPS) * room
+    mine = _of_threads(first)
     lists, lists_key = found + mine, found_key
     if found_key is not None:
         lists_key += mine
     a, b = sampled(scores, low, high - low, topk, capacity, BOTTOM, TOP, SAMPLE, WIDE)
-    sure, kept = walk(scores, lists, lists_key, low, high - low, a, b, room, TOP, DEEP, WIDE)
-    many, many_near, most, most_near, fullest = tl.reduce((sure, kept, sure, kept, sure + kept), 0, _sums_and_most)
-    first = warp * room + room - kept
-    if (many > topk) | (fullest > room) | ((many + many_near < topk) & (a > BOTTOM)):
+    kept = walk(scores, lists, lists_key, low, high - low, a, room, TOP, DEEP, WIDE)
+    many, longest = tl.reduce((kept, kept), 0, _sum_and_most)
+    if (longest > room) | ((many < topk) & (a > BOTTOM)):
         tl.debug_barrier()
-        many_near = search(scores, found, found_key, low, high, topk, capacity, BOTTOM, TOP, DEEP, WIDE)
-        many, most, most_near = tl.zeros((), tl.int32), tl.zeros((), tl.int32), tl.cdiv(many_near, WARPS)
-        first = warp * most_near
-        sure, kept = tl.zeros_like(sure), tl.minimum(tl.maximum(many_near - first, 0), most_near)
+        many = search(scores, found, found_key, low, high, topk, capacity, BOTTOM, TOP, DEEP, WIDE)
+        longest = tl.cdiv(many, WARPS)
+        first = tl.arange(0, WARPS) * longest
+        kept = tl.minimum(tl.maximum(many - first, 0), longest)
         a, b = tl.full((), BOTTOM, a.dtype), tl.full((), BOTTOM, b.dtype)
+        mine = _of_threads(first)
+        lists, lists_key = found + mine, found_key
+        if found_key is not None:
+            lists_key += mine
     tl.debug_barrier()
-    near, n = _of_threads(first), _of_threads(kept)
-    near_lists, near_lists_key = found + near, found_key
-    if found_key is not None:
-        near_lists_key += near
-    # On their way while the others are written.
-    order = orders(near_lists, near_lists_key, 0, n, BOTTOM, TOP, True, HELD, WIDE)
-    before = _of_threads(tl.cumsum(sure, axis=0) - sure)
-    results_before = results
-    if results is not None:
-        results_before += before
-        results += many
-    write(lists, lists_key, _of_threads(sure), most, indices + before, results_before, TOP, DEEP, WIDE)
-    return many + cut(
-        order, near_lists, near_lists_key, n, most_near, many_near, topk - many, sk, a, b,
-        indices + many, results, BOTTOM, TOP, True, HELD, WIDE,
-    )  # fmt: skip
+    n = _of_threads(kept)
+    order = orders(lists, lists_key, 0, n, BOTTOM, TOP, True, HELD, WIDE)
+    return cut(
+        order, lists, lists_key, n, longest, many, topk, sk, a, b, indices, results, BOTTOM, TOP, True, HELD, WIDE
+    )
 
 
 @triton.jit
-def _sums_and_most(sure, kept, most, most_near, fullest, sure2, kept2, most2, most_near2, fullest2):
-    """Return the sums of the first two of each five, and the greater of the others: one reduction for all of them."""
-    return (
-        sure + sure2,
-        kept + kept2,
-        tl.maximum(most, most2),
-        tl.maximum(most_near, most_near2),
-        tl.maximum(fullest, fullest2),
-    )
+def _sum_and_most(many, most, many2, most2):
+    """Return the sum of the first of each two, and the greater of the others: one reduction for both."""
+    return many + many2, tl.maximum(most, most2)
 
 
 @triton.jit

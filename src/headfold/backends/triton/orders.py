@@ -10,8 +10,6 @@ import triton.language as tl
 
 # Threads that keep a list of their own, and count what they put there without a barrier: a warp, or half of one.
 TOGETHER = tl.constexpr(32)
-# The most places of such a list: numbers of 16 bits, with what a step adds.
-LONGEST = tl.constexpr(1 << 15)
 
 
 @triton.jit
@@ -128,17 +126,13 @@ def by_thread(each):
 
 
 @triton.jit
-def numbered_apart(chosen, best, sure, kept, room):
-    """Return a place in its warp's list for each of what is chosen, and how many [warps] each list then has of both.
+def numbered_apart(chosen, kept, room):
+    """Return a place in its warp's list for each of what is chosen, behind `kept`, and how many [warps] each then has.
 
-    From the list's start on for the best of it, behind `sure`, and down from its end for the rest, behind `kept`; in
-    the list even where both are more than it has room for.   best: nothing that is not chosen.
+    The place is in the list even where more are chosen than it has room for.
     """
-    one = tl.where(best, 1, tl.where(chosen, -65536, 0))
+    one = chosen.to(tl.int32)
     each = by_warp(tl.sum(one, axis=1))
-    start = tl.minimum(sure, room) + ((room - 1 - tl.minimum(kept, room)) << 16)
-    before = by_thread(tl.cumsum(each, axis=1) - each + start[:, None])
-    place = before + (tl.cumsum(one, axis=1) - one)
-    place = tl.minimum(tl.where(best, place, place >> 16) & 0xFFFF, room - 1)
-    many = tl.sum(each, axis=1)
-    return tl.max_contiguous(place, (2, 1)), sure + (many & 0xFFFF), kept - (many >> 16)
+    before = by_thread(tl.cumsum(each, axis=1) - each + kept[:, None])
+    place = tl.minimum(before + (tl.cumsum(one, axis=1) - one), room - 1)
+    return tl.max_contiguous(place, (2, 1)), kept + tl.sum(each, axis=1)
