@@ -123,8 +123,8 @@ def _above(x, pivot, TOP: tl.constexpr):
 def _step(scores, found, found_key, t, x, pivot, kept, room, TOP: tl.constexpr):
     """Put keys t with scores x aside that are above a pivot; return how many each warp then has."""
     aside = _above(x, pivot, TOP)
-    place, kept = numbered_apart(aside, kept, room)
-    put(found, found_key, place, bits_of(x), t, aside)
+    place, kept = numbered_apart(aside, kept)
+    put(found, found_key, tl.max_contiguous(tl.minimum(place, room - 1), (2, 1)), bits_of(x), t, aside)
     return kept
 
 

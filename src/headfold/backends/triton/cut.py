@@ -9,7 +9,8 @@ from headfold.backends.triton.orders import (
     TOGETHER,
     between,
     bits_of,
-    numbered,
+    by_warp,
+    numbered_apart,
     ordered,
     places,
     scores_of,
@@ -18,6 +19,27 @@ from headfold.backends.triton.orders import (
 )
 from headfold.backends.triton.pivots import count_true, narrowed, pivots, tally, totals
 
+# Keys that a thread writes, or leaves, at a time.
+WRITTEN = tl.constexpr(8)
+
+
+@triton.jit
+def _both(
+    row, keys, first, n,
+    BOTTOM: tl.constexpr, TOP: tl.constexpr, PACKED: tl.constexpr, DEEP: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    """Return the orders of places from `first` on, of those past n BOTTOM, and their keys.
+
+    PACKED: of lists of bits and keys; else `keys` is the first.
+    """
+    if not PACKED:
+        i = places(first, DEEP, WIDE)
+        bits, key = bits_of(tl.load(row + i, mask=i < n, other=float("-inf"))), keys + i
+    else:
+        i = spots(first, DEEP, WIDE)
+        bits, key = taken(row, keys, i, i < n)
+    return tl.where(i < n, ordered(bits, TOP), BOTTOM), key
+
 
 @triton.jit
 def orders(
@@ -25,13 +47,7 @@ def orders(
     BOTTOM: tl.constexpr, TOP: tl.constexpr, PACKED: tl.constexpr, HELD: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """Return the orders of places from `first` on, of those past n BOTTOM.   PACKED: lists of bits and keys."""
-    if not PACKED:
-        i = places(first, HELD, WIDE)
-        order = ordered(bits_of(tl.load(row + i, mask=i < n, other=float("-inf"))), TOP)
-    else:
-        i = spots(first, HELD, WIDE)
-        bits, _ = taken(row, keys, i, i < n)
-        order = tl.where(i < n, ordered(bits, TOP), BOTTOM)
+    order, _ = _both(row, keys, first, n, BOTTOM, TOP, PACKED, HELD, WIDE)
     return order
 
 
@@ -43,6 +59,16 @@ def _keys(row, keys, first, wanted, PACKED: tl.constexpr, HELD: tl.constexpr, WI
     else:
         _, key = taken(row, keys, spots(first, HELD, WIDE), wanted)
     return key
+
+
+@triton.jit
+def _chosen(order, row, keys, first, cut, key_cut, PACKED: tl.constexpr, HELD: tl.constexpr, WIDE: tl.constexpr):
+    """Return whether orders of places from `first` on are above the cut, or there with a smaller key."""
+    chosen = order > cut
+    if key_cut > 0:
+        equal = order == cut
+        chosen = chosen | (equal & (_keys(row, keys, first, equal, PACKED, HELD, WIDE) < key_cut))
+    return chosen
 
 
 @triton.jit
@@ -129,19 +155,21 @@ def cut(
     """
     STEP: tl.constexpr = HELD * (TOGETHER if PACKED else WIDE)
     order_cut, key_cut = _find(order, row, keys, n, longest, many, topk, end, a, b, BOTTOM, TOP, PACKED, HELD, WIDE)
-    written = tl.zeros((), tl.int32)
-    for first in range(0, longest, STEP):
-        if first > 0:
-            order = orders(row, keys, first, n, BOTTOM, TOP, PACKED, HELD, WIDE)
-        chosen = order > order_cut
+    # How many each warp writes is counted first: then none waits for another, and what is not held is read once more.
+    each = tl.sum(_chosen(order, row, keys, 0, order_cut, key_cut, PACKED, HELD, WIDE).to(tl.int32), axis=1)
+    for first in range(STEP, longest, STEP):
+        other = orders(row, keys, first, n, BOTTOM, TOP, PACKED, HELD, WIDE)
+        each += tl.sum(_chosen(other, row, keys, first, order_cut, key_cut, PACKED, HELD, WIDE).to(tl.int32), axis=1)
+    many = tl.sum(by_warp(each), axis=1)
+    before = tl.cumsum(many, axis=0) - many
+    PART: tl.constexpr = HELD if HELD < WRITTEN else WRITTEN
+    for first in range(0, longest, PART * (TOGETHER if PACKED else WIDE)):
+        some, key = _both(row, keys, first, n, BOTTOM, TOP, PACKED, PART, WIDE)
+        chosen = some > order_cut
         if key_cut > 0:
-            equal = order == order_cut
-            chosen = chosen | (equal & (_keys(row, keys, first, equal, PACKED, HELD, WIDE) < key_cut))
-        place, some = numbered(chosen)
-        place += written
-        key = _keys(row, keys, first, chosen, PACKED, HELD, WIDE)
+            chosen = chosen | ((some == order_cut) & (key < key_cut))
+        place, before = numbered_apart(chosen, before)
         tl.store(indices + place, key.to(indices.dtype.element_ty), mask=chosen)
         if results is not None:
-            tl.store(results + place, scores_of(order, TOP), mask=chosen)
-        written += some
-    return written
+            tl.store(results + place, scores_of(some, TOP), mask=chosen)
+    return tl.sum(many, axis=0)

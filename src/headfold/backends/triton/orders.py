@@ -126,13 +126,10 @@ def by_thread(each):
 
 
 @triton.jit
-def numbered_apart(chosen, kept, room):
-    """Return a place in its warp's list for each of what is chosen, behind `kept`, and how many [warps] each then has.
-
-    The place is in the list even where more are chosen than it has room for.
-    """
+def numbered_apart(chosen, kept):
+    """Return a place behind `kept` of its warp for each of what is chosen, and how many [warps] each then has."""
     one = chosen.to(tl.int32)
     each = by_warp(tl.sum(one, axis=1))
     before = by_thread(tl.cumsum(each, axis=1) - each + kept[:, None])
-    place = tl.minimum(before + (tl.cumsum(one, axis=1) - one), room - 1)
+    place = before + (tl.cumsum(one, axis=1) - one)
     return tl.max_contiguous(place, (2, 1)), kept + tl.sum(each, axis=1)
