@@ -19,16 +19,16 @@ from headfold.backends.triton.orders import (
 )
 from headfold.backends.triton.pivots import count_true, narrowed, pivots, tally, totals
 
-# Keys that a thread writes, or leaves, at a time.
-WRITTEN = tl.constexpr(8)
+# Keys that a thread takes at a time of what it does not hold.
+PART = tl.constexpr(8)
 
 
 @triton.jit
-def _both(
+def part(
     row, keys, first, n,
     BOTTOM: tl.constexpr, TOP: tl.constexpr, PACKED: tl.constexpr, DEEP: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    """Return the orders of places from `first` on, of those past n BOTTOM, and their keys.
+    """Return the orders of places from `first` on, DEEP of each thread, of those past n BOTTOM, and their keys.
 
     PACKED: of lists of bits and keys; else `keys` is the first.
     """
@@ -39,36 +39,6 @@ def _both(
         i = spots(first, DEEP, WIDE)
         bits, key = taken(row, keys, i, i < n)
     return tl.where(i < n, ordered(bits, TOP), BOTTOM), key
-
-
-@triton.jit
-def orders(
-    row, keys, first, n,
-    BOTTOM: tl.constexpr, TOP: tl.constexpr, PACKED: tl.constexpr, HELD: tl.constexpr, WIDE: tl.constexpr,
-):  # fmt: skip
-    """Return the orders of places from `first` on, of those past n BOTTOM.   PACKED: lists of bits and keys."""
-    order, _ = _both(row, keys, first, n, BOTTOM, TOP, PACKED, HELD, WIDE)
-    return order
-
-
-@triton.jit
-def _keys(row, keys, first, wanted, PACKED: tl.constexpr, HELD: tl.constexpr, WIDE: tl.constexpr):
-    """Return the keys of places from `first` on that are wanted.   keys: of scores, the first."""
-    if not PACKED:
-        key = keys + places(first, HELD, WIDE)
-    else:
-        _, key = taken(row, keys, spots(first, HELD, WIDE), wanted)
-    return key
-
-
-@triton.jit
-def _chosen(order, row, keys, first, cut, key_cut, PACKED: tl.constexpr, HELD: tl.constexpr, WIDE: tl.constexpr):
-    """Return whether orders of places from `first` on are above the cut, or there with a smaller key."""
-    chosen = order > cut
-    if key_cut > 0:
-        equal = order == cut
-        chosen = chosen | (equal & (_keys(row, keys, first, equal, PACKED, HELD, WIDE) < key_cut))
-    return chosen
 
 
 @triton.jit
@@ -88,36 +58,37 @@ def _find(
     order: of the first places, which stay in registers; others are read again for each step.   end: past all keys.
     a, b: as of `cut`.
     """
-    STEP: tl.constexpr = HELD * (TOGETHER if PACKED else WIDE)
-    OFTEN: tl.constexpr = 1023 // HELD
-    # More than topk are above a, and at most topk above b.
+    TOOK: tl.constexpr = TOGETHER if PACKED else WIDE
+    OFTEN: tl.constexpr = (1023 - HELD) // PART
     more, fewer = many, count_true(order > b)
-    for first in range(STEP, longest, STEP):
-        fewer += count_true(orders(row, keys, first, n, BOTTOM, TOP, PACKED, HELD, WIDE) > b)
+    for first in range(HELD * TOOK, longest, PART * TOOK):
+        other, _ = part(row, keys, first, n, BOTTOM, TOP, PACKED, PART, WIDE)
+        fewer += count_true(other > b)
     if (a == BOTTOM) | (fewer > topk):
         least, greatest, seen = _ends(order, BOTTOM, TOP)
-        for first in range(STEP, longest, STEP):
-            other = orders(row, keys, first, n, BOTTOM, TOP, PACKED, HELD, WIDE)
+        for first in range(HELD * TOOK, longest, PART * TOOK):
+            other, _ = part(row, keys, first, n, BOTTOM, TOP, PACKED, PART, WIDE)
             some_least, some_greatest, some_seen = _ends(other, BOTTOM, TOP)
             least, greatest = tl.minimum(least, some_least), tl.maximum(greatest, some_greatest)
             seen += some_seen
-        some = tl.sum(seen, axis=0)
-        known = a > BOTTOM
+        known, some = a > BOTTOM, tl.sum(seen, axis=0)
         a, more = tl.where(known, b, tl.min(least, axis=0) - 1), tl.where(known, fewer, some)
         b, fewer = tl.max(greatest, axis=0), tl.zeros((), tl.int32)
     if more <= topk:
         a, b = tl.full((), BOTTOM, order.dtype), tl.full((), BOTTOM, order.dtype)
+    # More than topk are above a, and at most topk above b.
     steps = tl.zeros((), tl.int32)
     while (a + 1 < b) & (fewer < topk):
         lower, middle, upper = pivots(a, b, more, fewer, topk, steps, TOP)
         each = tally(order, lower, middle, upper)
         over, over_middle, over_upper = tl.zeros((), tl.int32), tl.zeros((), tl.int32), tl.zeros((), tl.int32)
-        for first in range(STEP, longest, STEP):
-            if first // STEP % OFTEN == 0:
+        for first in range(HELD * TOOK, longest, PART * TOOK):
+            if (first // TOOK - HELD) // PART % OFTEN == OFTEN - 1:
                 some, some_middle, some_upper = totals(each)
                 over, over_middle, over_upper = over + some, over_middle + some_middle, over_upper + some_upper
                 each = tl.zeros_like(each)
-            each += tally(orders(row, keys, first, n, BOTTOM, TOP, PACKED, HELD, WIDE), lower, middle, upper)
+            other, _ = part(row, keys, first, n, BOTTOM, TOP, PACKED, PART, WIDE)
+            each += tally(other, lower, middle, upper)
         some, some_middle, some_upper = totals(each)
         over, over_middle, over_upper = over + some, over_middle + some_middle, over_upper + some_upper
         a, b, more, fewer = narrowed(a, b, more, fewer, topk + 1, lower, middle, upper, over, over_middle, over_upper)
@@ -127,14 +98,14 @@ def _find(
         # The smallest keys of those that are b: a key past as many as are wanted, and no more.
         last, before = until + end, more
         while (until + 1 < last) & (before > topk):
-            key = between(until, last)
-            ties = count_true((order == b) & (_keys(row, keys, 0, order == b, PACKED, HELD, WIDE) < key))
-            for first in range(STEP, longest, STEP):
-                equal = orders(row, keys, first, n, BOTTOM, TOP, PACKED, HELD, WIDE) == b
-                ties += count_true(equal & (_keys(row, keys, first, equal, PACKED, HELD, WIDE) < key))
+            middle_key = between(until, last)
+            ties = tl.zeros((), tl.int32)
+            for first in range(0, longest, PART * TOOK):
+                other, key = part(row, keys, first, n, BOTTOM, TOP, PACKED, PART, WIDE)
+                ties += count_true((other == b) & (key < middle_key))
             enough = fewer + ties >= topk
-            last, before = tl.where(enough, key, last), tl.where(enough, fewer + ties, before)
-            until = tl.where(enough, until, key)
+            last, before = tl.where(enough, middle_key, last), tl.where(enough, fewer + ties, before)
+            until = tl.where(enough, until, middle_key)
         until = last
     return b, until
 
@@ -150,26 +121,27 @@ def cut(
     row: scores, whose first has the key `keys`; or with PACKED, where a thread's list starts [wide, 1], which its warp
     shares, of bits with their keys, or with `keys` beside them. Then n is of that list.   longest: of all lists.
     many: places of them all.
-    a, b: orders, of which all that count are above the one and none is above the other; found first where a is BOTTOM.
+    a: an order that all that count are above, or BOTTOM; b: one that probably at most topk are above.
     indices, results: where keys and scores of a row are written, dense; results may be None.   end: past all keys.
     """
-    STEP: tl.constexpr = HELD * (TOGETHER if PACKED else WIDE)
+    TOOK: tl.constexpr = TOGETHER if PACKED else WIDE
     order_cut, key_cut = _find(order, row, keys, n, longest, many, topk, end, a, b, BOTTOM, TOP, PACKED, HELD, WIDE)
-    # How many each warp writes is counted first: then none waits for another, and what is not held is read once more.
-    each = tl.sum(_chosen(order, row, keys, 0, order_cut, key_cut, PACKED, HELD, WIDE).to(tl.int32), axis=1)
-    for first in range(STEP, longest, STEP):
-        other = orders(row, keys, first, n, BOTTOM, TOP, PACKED, HELD, WIDE)
-        each += tl.sum(_chosen(other, row, keys, first, order_cut, key_cut, PACKED, HELD, WIDE).to(tl.int32), axis=1)
+    # How many each warp writes is counted first: then none waits for another.
+    each = tl.sum((order > order_cut).to(tl.int32), axis=1)
+    for first in range(HELD * TOOK, longest, PART * TOOK):
+        other, _ = part(row, keys, first, n, BOTTOM, TOP, PACKED, PART, WIDE)
+        each += tl.sum((other > order_cut).to(tl.int32), axis=1)
+    if key_cut > 0:
+        for first in range(0, longest, PART * TOOK):
+            other, key = part(row, keys, first, n, BOTTOM, TOP, PACKED, PART, WIDE)
+            each += tl.sum(((other == order_cut) & (key < key_cut)).to(tl.int32), axis=1)
     many = tl.sum(by_warp(each), axis=1)
     before = tl.cumsum(many, axis=0) - many
-    PART: tl.constexpr = HELD if HELD < WRITTEN else WRITTEN
-    for first in range(0, longest, PART * (TOGETHER if PACKED else WIDE)):
-        some, key = _both(row, keys, first, n, BOTTOM, TOP, PACKED, PART, WIDE)
-        chosen = some > order_cut
-        if key_cut > 0:
-            chosen = chosen | ((some == order_cut) & (key < key_cut))
+    for first in range(0, longest, PART * TOOK):
+        other, key = part(row, keys, first, n, BOTTOM, TOP, PACKED, PART, WIDE)
+        chosen = (other > order_cut) | ((other == order_cut) & (key < key_cut))
         place, before = numbered_apart(chosen, before)
         tl.store(indices + place, key.to(indices.dtype.element_ty), mask=chosen)
         if results is not None:
-            tl.store(results + place, scores_of(some, TOP), mask=chosen)
+            tl.store(results + place, scores_of(other, TOP), mask=chosen)
     return tl.sum(many, axis=0)

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 
 from headfold.backends.triton.aside import sampled, walk
-from headfold.backends.triton.cut import cut, orders
+from headfold.backends.triton.cut import cut, part
 from headfold.backends.triton.orders import TOGETHER, by_thread
 from headfold.backends.triton.search import search
 from headfold.backends.triton.visible import row_bounds
@@ -49,7 +49,7 @@ def _best(
             lists_key += mine
     tl.debug_barrier()
     n = _of_threads(kept)
-    order = orders(lists, lists_key, 0, n, BOTTOM, TOP, True, HELD, WIDE)
+    order, _ = part(lists, lists_key, 0, n, BOTTOM, TOP, True, HELD, WIDE)
     return cut(
         order, lists, lists_key, n, longest, many, topk, sk, a, b, indices, results, BOTTOM, TOP, True, HELD, WIDE
     )
@@ -73,7 +73,7 @@ def _whole(
     BOTTOM: tl.constexpr, TOP: tl.constexpr, HELD: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """Write the best topk of a row that is cut at once, and return how many they are."""
-    order = orders(scores + low, low, 0, n, BOTTOM, TOP, False, HELD, WIDE)
+    order, _ = part(scores + low, low, 0, n, BOTTOM, TOP, False, HELD, WIDE)
     none = tl.full((), BOTTOM, order.dtype)
     return cut(
         order, scores + low, low, n, n, n, topk, sk, none, none, indices, results, BOTTOM, TOP, False, HELD, WIDE
