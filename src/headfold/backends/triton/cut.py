@@ -10,6 +10,7 @@ from headfold.backends.triton.orders import (
     between,
     bits_of,
     by_warp,
+    numbered,
     numbered_apart,
     ordered,
     places,
@@ -111,6 +112,61 @@ def _find(
 
 
 @triton.jit
+def _chosen(order, key, order_cut, key_cut):
+    """Return whether keys are above a cut, or there and smaller than a key."""
+    return (order > order_cut) | ((order == order_cut) & (key < key_cut))
+
+
+@triton.jit
+def _write_lists(
+    order, lists, keys, n, longest, order_cut, key_cut, indices, results,
+    BOTTOM: tl.constexpr, TOP: tl.constexpr, HELD: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    """Write what is chosen of lists, and return how many they are: counted first, so that no warp waits for another."""
+    each = tl.sum((order > order_cut).to(tl.int32), axis=1)
+    for first in range(HELD * TOGETHER, longest, PART * TOGETHER):
+        other, _ = part(lists, keys, first, n, BOTTOM, TOP, True, PART, WIDE)
+        each += tl.sum((other > order_cut).to(tl.int32), axis=1)
+    if key_cut > 0:
+        for first in range(0, longest, PART * TOGETHER):
+            other, key = part(lists, keys, first, n, BOTTOM, TOP, True, PART, WIDE)
+            each += tl.sum(((other == order_cut) & (key < key_cut)).to(tl.int32), axis=1)
+    many = tl.sum(by_warp(each), axis=1)
+    before = tl.cumsum(many, axis=0) - many
+    for first in range(0, longest, PART * TOGETHER):
+        other, key = part(lists, keys, first, n, BOTTOM, TOP, True, PART, WIDE)
+        chosen = _chosen(other, key, order_cut, key_cut)
+        place, before = numbered_apart(chosen, before)
+        _store(indices, results, place, key, other, chosen, TOP)
+    return tl.sum(many, axis=0)
+
+
+@triton.jit
+def _write_row(
+    order, row, first_key, n, order_cut, key_cut, indices, results,
+    BOTTOM: tl.constexpr, TOP: tl.constexpr, HELD: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    """Write what is chosen of a row of scores, and return how many they are."""
+    written = tl.zeros((), tl.int32)
+    for first in range(0, n, HELD * WIDE):
+        if first > 0:
+            order, _ = part(row, first_key, first, n, BOTTOM, TOP, False, HELD, WIDE)
+        key = first_key + places(first, HELD, WIDE)
+        chosen = _chosen(order, key, order_cut, key_cut)
+        place, some = numbered(chosen)
+        _store(indices, results, tl.max_contiguous(written + place, (2, 1)), key, order, chosen, TOP)
+        written += some
+    return written
+
+
+@triton.jit
+def _store(indices, results, place, key, order, chosen, TOP: tl.constexpr):
+    tl.store(indices + place, key.to(indices.dtype.element_ty), mask=chosen)
+    if results is not None:
+        tl.store(results + place, scores_of(order, TOP), mask=chosen)
+
+
+@triton.jit
 def cut(
     order, row, keys, n, longest, many, topk, end, a, b, indices, results,
     BOTTOM: tl.constexpr, TOP: tl.constexpr, PACKED: tl.constexpr, HELD: tl.constexpr, WIDE: tl.constexpr,
@@ -124,24 +180,11 @@ def cut(
     a: an order that all that count are above, or BOTTOM; b: one that probably at most topk are above.
     indices, results: where keys and scores of a row are written, dense; results may be None.   end: past all keys.
     """
-    TOOK: tl.constexpr = TOGETHER if PACKED else WIDE
     order_cut, key_cut = _find(order, row, keys, n, longest, many, topk, end, a, b, BOTTOM, TOP, PACKED, HELD, WIDE)
-    # How many each warp writes is counted first: then none waits for another.
-    each = tl.sum((order > order_cut).to(tl.int32), axis=1)
-    for first in range(HELD * TOOK, longest, PART * TOOK):
-        other, _ = part(row, keys, first, n, BOTTOM, TOP, PACKED, PART, WIDE)
-        each += tl.sum((other > order_cut).to(tl.int32), axis=1)
-    if key_cut > 0:
-        for first in range(0, longest, PART * TOOK):
-            other, key = part(row, keys, first, n, BOTTOM, TOP, PACKED, PART, WIDE)
-            each += tl.sum(((other == order_cut) & (key < key_cut)).to(tl.int32), axis=1)
-    many = tl.sum(by_warp(each), axis=1)
-    before = tl.cumsum(many, axis=0) - many
-    for first in range(0, longest, PART * TOOK):
-        other, key = part(row, keys, first, n, BOTTOM, TOP, PACKED, PART, WIDE)
-        chosen = (other > order_cut) | ((other == order_cut) & (key < key_cut))
-        place, before = numbered_apart(chosen, before)
-        tl.store(indices + place, key.to(indices.dtype.element_ty), mask=chosen)
-        if results is not None:
-            tl.store(results + place, scores_of(other, TOP), mask=chosen)
-    return tl.sum(many, axis=0)
+    if PACKED:
+        written = _write_lists(
+            order, row, keys, n, longest, order_cut, key_cut, indices, results, BOTTOM, TOP, HELD, WIDE
+        )
+    else:
+        written = _write_row(order, row, keys, n, order_cut, key_cut, indices, results, BOTTOM, TOP, HELD, WIDE)
+    return written

@@ -8,7 +8,7 @@ import triton.language as tl
 from headfold.backends.triton.orders import between, bits_of, by_warp, ordered, scores_of
 
 # Of what is left on either side, how far from the likely place the outer pivots lie.
-NEAR = tl.constexpr(0.25)
+NEAR = tl.constexpr(0.2)
 # Scores as large have no place told from them: infinity, NaN, and what float32 holds no difference of.
 LARGE = tl.constexpr(1e38)
 
@@ -17,13 +17,13 @@ LARGE = tl.constexpr(1e38)
 def pivots(a, b, more, fewer, wanted, step, TOP: tl.constexpr):
     """Return three orders between two that are not neighbours, in order, to find one that `wanted` are above.
 
-    more, fewer: how many are above each.   step: of the search, from 0 on. Every third quarters the orders left, which
+    more, fewer: how many are above each.   step: of the search, from 0 on. Every fifth quarters the orders left, which
     is never slow; the others are quick where scores lie evenly.
     """
     middle = between(a, b)
     first, last = between(a, middle), between(middle, b)
     low, high = scores_of(a, TOP), scores_of(b, TOP)
-    if (step % 3 < 2) & (low > -LARGE) & (high < LARGE):
+    if (step % 5 < 4) & (low > -LARGE) & (high < LARGE):
         share = (more - wanted).to(low.dtype) / (more - fewer).to(low.dtype)
         likely = low + (high - low) * share
         middle = tl.minimum(tl.maximum(ordered(bits_of(likely), TOP), a + 1), b - 1)
