@@ -112,12 +112,6 @@ def _find(
 
 
 @triton.jit
-def _chosen(order, key, order_cut, key_cut):
-    """Return whether keys are above a cut, or there and smaller than a key."""
-    return (order > order_cut) | ((order == order_cut) & (key < key_cut))
-
-
-@triton.jit
 def _write_lists(
     order, lists, keys, n, longest, order_cut, key_cut, indices, results,
     BOTTOM: tl.constexpr, TOP: tl.constexpr, HELD: tl.constexpr, WIDE: tl.constexpr,
@@ -135,7 +129,7 @@ def _write_lists(
     before = tl.cumsum(many, axis=0) - many
     for first in range(0, longest, PART * TOGETHER):
         other, key = part(lists, keys, first, n, BOTTOM, TOP, True, PART, WIDE)
-        chosen = _chosen(other, key, order_cut, key_cut)
+        chosen = (other > order_cut) | ((other == order_cut) & (key < key_cut))
         place, before = numbered_apart(chosen, before)
         _store(indices, results, place, key, other, chosen, TOP)
     return tl.sum(many, axis=0)
@@ -152,7 +146,9 @@ def _write_row(
         if first > 0:
             order, _ = part(row, first_key, first, n, BOTTOM, TOP, False, HELD, WIDE)
         key = first_key + places(first, HELD, WIDE)
-        chosen = _chosen(order, key, order_cut, key_cut)
+        chosen = order > order_cut
+        if key_cut > 0:
+            chosen = chosen | ((order == order_cut) & (key < key_cut))
         place, some = numbered(chosen)
         _store(indices, results, tl.max_contiguous(written + place, (2, 1)), key, order, chosen, TOP)
         written += some
