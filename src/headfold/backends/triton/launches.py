@@ -25,9 +25,6 @@ from headfold.triton_tiles import cdiv, power_of_two
 _PROGRAMS = 1056
 # Tiles of keys that a program has at least, to be worth the load of its queries.
 _TILES = 4
-# Query rows of a program that reads tiles of keys whole: the registers of a second loop would leave a core a program
-# less where there are more.
-WHOLE_ROWS = 4
 # Rows whose bounds are read at a time, to find those that see a block of keys.
 _SCAN = 256
 
@@ -145,7 +142,7 @@ def launch_scores(out: Tensor, slab: Slab, *, relu: bool, add: bool = False) -> 
     per_program = cdiv(cdiv(sk, shares), row.keys) * row.keys
     strides = *out.stride(), *slab.strides()
     grid = rows, b, cdiv(sk, per_program)
-    whole = slab.bias is None and constants["ROWS"] <= WHOLE_ROWS and is_near(slab.k, row.keys)
+    whole = slab.bias is None and constants["ROWS"] <= row.whole and is_near(slab.k, row.keys)
     arguments = *slab.arguments(), per_program, slab.scale, *strides
     launch(score_slab, grid, out, *arguments, ADD=add, WHOLE=whole, UNIFORM=row.uniform, **constants)
 
@@ -158,7 +155,7 @@ def launch_query_gradients(dq: Tensor | None, dweights: Tensor | None, g: Tensor
     row = slab.row("query_gradients")
     constants = slab.constants(row, relu)
     sk = slab.k.shape[1]
-    even = constants["ROWS"] <= WHOLE_ROWS and sk > 0 and sk % row.keys == 0 and is_near(slab.k, row.keys)
+    even = constants["ROWS"] <= row.whole and sk > 0 and sk % row.keys == 0 and is_near(slab.k, row.keys)
     strides = *strides_of(dq, 4), *strides_of(dweights, 3), *g.stride(), *slab.strides()
     grid = cdiv(sq, constants["ROWS"]), b
     arguments = *slab.arguments(), slab.scale, *strides

@@ -11,7 +11,7 @@ from headfold.backends.triton.backward import key_gradients, query_gradients
 from headfold.backends.triton.compiling import WIDE_PRODUCT, Specimen
 from headfold.backends.triton.folding import fold_heads, unfold_heads
 from headfold.backends.triton.forward import score_slab
-from headfold.backends.triton.launches import WHOLE_ROWS, constants_of
+from headfold.backends.triton.launches import constants_of
 from headfold.backends.triton.products import ACCUMULATORS
 from headfold.backends.triton.table import Row, rows_of, tile
 
@@ -97,8 +97,8 @@ def score_specimen(row: Row, dtype: str, h: int, d: int, *, ranged: bool = False
         "SCAN": 256,
         "WIDE": half,
         "UNIFORM": row.uniform,
-        "WHOLE": two_bytes and not biased and launched["ROWS"] <= WHOLE_ROWS,
-        "EVEN": two_bytes and not ranged and launched["ROWS"] <= WHOLE_ROWS,
+        "WHOLE": two_bytes and not biased and launched["ROWS"] <= row.whole,
+        "EVEN": two_bytes and not ranged and launched["ROWS"] <= row.whole,
     }
     types = {"scale": "fp64", "sq": "i32", "sk": "i32", "offset": "i32", "per_program": "i32"}
     types |= dict.fromkeys(("q", "k", "weights", "dq", "dweights", "dk"), POINTERS[dtype])

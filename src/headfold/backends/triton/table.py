@@ -8,6 +8,8 @@ h heads. What it says:
     warps, stages    of the launch
     registers        of a thread, at most; None leaves them to the compiler
     uniform          whether `visible.seen_by_any` may tell a loop's bounds from row numbers alone
+    whole            query rows of a program at most that reads tiles of keys whole: where there are more, the registers
+                     of a second loop would leave a core a program less
 """
 
 from __future__ import annotations
@@ -46,6 +48,7 @@ class Row(NamedTuple):
     stages: int
     registers: int | None = None
     uniform: bool = True
+    whole: int = 4
 
     @property
     def options(self) -> dict[str, int]:
@@ -89,7 +92,7 @@ TABLE = (
     Row("biased_scores", "sm_90", "half", 256, 4, 64, 64, 4, 2),
     Row("biased_scores", "sm_90", "half", 256, ANY, 128, 64, 4, 2),
     Row("scores", "sm_90", "half", 128, 2, 64, 64, 4, 2),
-    Row("scores", "sm_90", "half", 64, ANY, 128, 64, 4, 3),
+    Row("scores", "sm_90", "half", 64, ANY, 128, 64, 4, 3, whole=8),
     Row("scores", "sm_90", "half", 128, 8, 128, 64, 4, 3),
     Row("scores", "sm_90", "half", 128, 16, 256, 64, 8, 2),
     Row("scores", "sm_90", "half", 128, 32, 128, 64, 4, 2, None, False),
