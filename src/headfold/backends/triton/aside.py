@@ -1,4 +1,4 @@
-"""What is put aside of a row of scores: what a sample says is selected, and what lies near the cut.
+"""What is put aside of a row of scores: what lies above a pivot that a sample says is below the cut.
 
 The sample decides how long a selection takes, never what is selected: how much was put aside is counted.
 """
@@ -22,9 +22,9 @@ from headfold.backends.triton.pivots import count_above, narrowed, pivots
 # Deviations of the sample's count that the pivots lie from the cut, where there is room for what lies between; a wrong
 # sample costs time only.
 DEVIATIONS = tl.constexpr(4.5)
-# As a share of the sample's keys above it, by how many more than are wanted the pivot is near enough.
-SLACK = tl.constexpr(16)
-SLACK_UPPER = tl.constexpr(2)
+# As a share of the sample's keys above it, by how many more than are wanted a pivot is near enough: the lower one says
+# how much is put aside, the upper one only where the search for the cut begins.
+SLACK, SLACK_UPPER = tl.constexpr(16), tl.constexpr(2)
 # Deviations of a normal distribution from the least to the greatest of some thousand values.
 RANGE = tl.constexpr(7.0)
 # Scores as large as this are left out of a sample's mean: the others may be added up.
@@ -71,7 +71,7 @@ def sampled(
     scores, low, n, topk, capacity,
     BOTTOM: tl.constexpr, TOP: tl.constexpr, SAMPLE: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    """Return two pivots, from an even sample of the row, with probably the cut between them and at most capacity keys.
+    """Return two pivots, from an even sample of the row: the cut probably between them, at most capacity keys above.
 
     Both are looked for from three guesses on, as scores that sum over many heads are nearly normal. Neither is past the
     order of an infinity, as what is above is told by comparing floats.

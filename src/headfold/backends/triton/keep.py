@@ -1,8 +1,8 @@
-"""The best keys of every row of a slab of scores, in no order: some at sight, the others cut from what is near them.
+"""The best keys of every row of a slab of scores, in no order, cut from what is near them.
 
 A sample of a row says above which pivot the keys that are wanted probably lie, and above which one probably none lies
-that is not. One walk over the row puts aside what is above the upper one, which is selected, and what lies between
-them, of which the best are cut. Where the sample was wrong, a pivot is looked for in the row itself.
+that is not. One walk over the row puts aside what is above the lower one, of which the best are cut, between the two.
+Where the sample was wrong, a pivot is looked for in the row itself.
 
 One program does all of that for a row.
 """
