@@ -61,10 +61,12 @@ def _find(
     """
     TOOK: tl.constexpr = TOGETHER if PACKED else WIDE
     OFTEN: tl.constexpr = (1023 - HELD) // PART
-    more, fewer = many, count_true(order > b)
-    for first in range(HELD * TOOK, longest, PART * TOOK):
-        other, _ = part(row, keys, first, n, BOTTOM, TOP, PACKED, PART, WIDE)
-        fewer += count_true(other > b)
+    more, fewer = many, tl.zeros((), tl.int32)
+    if a > BOTTOM:
+        fewer = count_true(order > b)
+        for first in range(HELD * TOOK, longest, PART * TOOK):
+            other, _ = part(row, keys, first, n, BOTTOM, TOP, PACKED, PART, WIDE)
+            fewer += count_true(other > b)
     if (a == BOTTOM) | (fewer > topk):
         least, greatest, seen = _ends(order, BOTTOM, TOP)
         for first in range(HELD * TOOK, longest, PART * TOOK):

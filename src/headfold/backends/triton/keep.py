@@ -72,11 +72,16 @@ def _whole(
     scores, low, n, topk, sk, indices, results,
     BOTTOM: tl.constexpr, TOP: tl.constexpr, HELD: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    """Write the best topk of a row that is cut at once, and return how many they are."""
-    order, _ = part(scores + low, low, 0, n, BOTTOM, TOP, False, HELD, WIDE)
+    """Write the best topk of a row that is cut at once, and return how many they are.
+
+    A thread holds 64 bytes of it at most: their places and keys, all at a time, take registers too.
+    """
+    MOST: tl.constexpr = 512 // scores.dtype.element_ty.primitive_bitwidth
+    FEW: tl.constexpr = HELD if HELD < MOST else MOST
+    order, _ = part(scores + low, low, 0, n, BOTTOM, TOP, False, FEW, WIDE)
     none = tl.full((), BOTTOM, order.dtype)
     return cut(
-        order, scores + low, low, n, n, n, topk, sk, none, none, indices, results, BOTTOM, TOP, False, HELD, WIDE
+        order, scores + low, low, n, n, n, topk, sk, none, none, indices, results, BOTTOM, TOP, False, FEW, WIDE
     )
 
 
