@@ -80,9 +80,7 @@ def _whole(
     FEW: tl.constexpr = HELD if HELD < MOST else MOST
     order, _ = part(scores + low, low, 0, n, BOTTOM, TOP, False, FEW, WIDE)
     none = tl.full((), BOTTOM, order.dtype)
-    return cut(
-        order, scores + low, low, n, n, n, topk, sk, none, none, indices, results, BOTTOM, TOP, False, FEW, WIDE
-    )
+    return cut(order, scores + low, low, n, n, n, topk, sk, none, none, indices, results, BOTTOM, TOP, False, FEW, WIDE)
 
 
 @triton.jit(
