@@ -17,6 +17,7 @@ from headfold.loss_slabs import LossSlab
 from headfold.loss_tiles import LossTile
 from headfold.scatter_tiles import ScatterTile, tile_of_scores
 from headfold.score_tiles import ScoreTile
+from headfold.sift_tiles import SiftedSelection
 from headfold.tiles import DEFAULT_WORKSPACE, MIB, GatherTile, Selection, Tile
 from headfold.triton_tiles import SlabSelection
 
@@ -214,6 +215,15 @@ class IndexerGeometry:
         shape = self.b, self.sq, self.sk, self.heads, self.dim, self.topk, self.compute_itemsize
         return SlabSelection.of(*shape, workspace, relu=self.relu)
 
+    def sifted_selection(self, workspace: int = DEFAULT_WORKSPACE) -> SiftedSelection | None:
+        """Return the fold that keeps no scores, or None where no call of these sizes has it.
+
+        One whose keys are bounded by tensors has the other, whatever its sizes.
+        """
+        if not self.relu or self.itemsize != 2:
+            return None
+        return SiftedSelection.of(self.sq, self.sk, self.heads, self.dim, self.topk, workspace)
+
     def bill(
         self,
         path: str,
@@ -280,7 +290,8 @@ class IndexerGeometry:
             call = ScoreTile(self.b, self.sq, self.sk, self.heads, self.dim, size, self.relu)
             return Scratch(call.forward_bytes, call.backward_bytes, call.sums_bytes(self.itemsize))
         if path == "headfold top-k":
-            selecting = self.slab_selection(workspace).scratch_bytes
+            sifted = self.sifted_selection(workspace)
+            selecting = max(x.scratch_bytes for x in (self.slab_selection(workspace), sifted) if x is not None)
             return Scratch(selecting, selecting)
         if path == SELECTED:
             kind = {"relu": self.relu, "ranged": ranged, "exact": self.itemsize > 2}

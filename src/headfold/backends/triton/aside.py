@@ -33,7 +33,7 @@ ADDED = tl.constexpr(1e30)
 
 @triton.jit
 def _near(order, a, b, more, fewer, least, slack, TOP: tl.constexpr):
-    """Return (a, b, more): at least `least` of a sample are above a, which `more` are, and fewer above b.
+    """Return (a, b, more, fewer): at least `least` of a sample are above a, which `more` are, and fewer above b.
 
     As they are given, but nearer: at most `slack` more than that are above a, unless b is its neighbour. Where what is
     given is not so, for a sample's NaN or -inf, what is returned may not be either.
@@ -44,7 +44,7 @@ def _near(order, a, b, more, fewer, least, slack, TOP: tl.constexpr):
         over, over_middle, over_upper = count_above(order, lower, middle, upper)
         a, b, more, fewer = narrowed(a, b, more, fewer, least, lower, middle, upper, over, over_middle, over_upper)
         steps += 1
-    return a, b, more
+    return a, b, more, fewer
 
 
 @triton.jit
@@ -59,11 +59,52 @@ def _quantile(share):
 
 
 @triton.jit
-def _guess(mean, deviation, count, a, b, SAMPLE: tl.constexpr, TOP: tl.constexpr):
-    """Return an order between two that about `count` of a sample are above, were it normal."""
-    share = tl.minimum(tl.maximum(count / SAMPLE, 1 / SAMPLE), 1 - 1 / SAMPLE)
+def _guess(mean, deviation, share, a, b, count, TOP: tl.constexpr):
+    """Return an order between two that about a share of a sample of so many is above, were it normal."""
+    share = tl.minimum(tl.maximum(share, 1 / count), 1 - 1 / count)
     likely = mean + deviation * _quantile(share).to(mean.dtype)
     return tl.maximum(tl.minimum(ordered(bits_of(likely), TOP), b - 1), a + 1)
+
+
+@triton.jit
+def pivots_of(x, count, wanted, apart, BOTTOM: tl.constexpr, TOP: tl.constexpr):
+    """Return two orders between which a sample's score that `wanted` are above lies, with `apart` more and fewer above.
+
+    x: of a sample of `count` scores, -inf in places that are not of it.   wanted, apart: numbers of them, not rounded.
+    Both are looked for from three guesses on, as scores that sum over many heads are nearly normal. Neither is past the
+    order of an infinity, as what is above is told by comparing floats.
+
+    The lower one comes first, and what `_near` says of it: another above it, and how many are above each.
+    """
+    order = ordered(bits_of(x), TOP)
+    least, most = tl.ceil(wanted + apart).to(tl.int32), tl.floor(wanted - apart).to(tl.int32)
+    slack, slack_upper = least // SLACK, most // SLACK_UPPER
+    infinite: tl.constexpr = -BOTTOM - 1
+    lowest = tl.min(tl.min(tl.where(order > BOTTOM, order, TOP), axis=1), axis=0)
+    a = tl.minimum(lowest - 1, infinite)
+    b = tl.minimum(tl.max(tl.max(order, axis=1), axis=0), infinite)
+    mean = tl.sum(tl.sum(tl.where(tl.abs(x) < ADDED, x, 0.0), axis=1), axis=0) / count
+    deviation = (tl.minimum(scores_of(b, TOP), ADDED) - tl.maximum(scores_of(a, TOP), -ADDED)) / RANGE
+    lower = _guess(mean, deviation, (least + slack / 2) / count, a, b, count, TOP)
+    middle = tl.maximum(_guess(mean, deviation, wanted / count, a, b, count, TOP), lower)
+    upper = tl.maximum(_guess(mean, deviation, (most - slack_upper / 2) / count, a, b, count, TOP), middle)
+    over, over_middle, over_upper = count_above(order, lower, middle, upper)
+    none = tl.zeros((), tl.int32)
+    pivot, beyond, more, fewer = tl.full((), BOTTOM, order.dtype), tl.full((), BOTTOM, order.dtype), count, none
+    if least <= count:
+        below, above, some, few = narrowed(
+            a, b, count, none, least, lower, middle, upper, over, over_middle, over_upper
+        )
+        pivot, beyond, more, fewer = _near(order, below, above, some, few, least, slack, TOP)
+    pivot_upper = b
+    if most > 0:
+        wanted_upper = most - slack_upper
+        below, above, some, few = narrowed(
+            a, b, count, none, wanted_upper, lower, middle, upper, over, over_middle, over_upper
+        )
+        below, above, some, few = _near(order, below, above, some, few, wanted_upper, slack_upper, TOP)
+        pivot_upper = tl.where(some <= most, below, above)
+    return pivot, beyond, more, fewer, tl.maximum(pivot_upper, pivot)
 
 
 @triton.jit
@@ -71,45 +112,15 @@ def sampled(
     scores, low, n, topk, capacity,
     BOTTOM: tl.constexpr, TOP: tl.constexpr, SAMPLE: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    """Return two pivots, from an even sample of the row: the cut probably between them, at most capacity keys above.
-
-    Both are looked for from three guesses on, as scores that sum over many heads are nearly normal. Neither is past the
-    order of an infinity, as what is above is told by comparing floats.
-    """
+    """Return two pivots, from an even sample of the row: the cut probably between them, at most capacity keys above."""
     i = places(0, SAMPLE // WIDE, WIDE).to(tl.int64)
     x = tl.load(scores + low + i * n // SAMPLE)
-    order = ordered(bits_of(x), TOP)
     share = topk.to(tl.float32) / n.to(tl.float32)
     # Lists are not equally long: an eighth of the room is left to those that are longer.
     spare = tl.maximum(capacity - capacity // 8 - topk, 0).to(tl.float32) / n.to(tl.float32) * SAMPLE / 2
     apart = tl.minimum(DEVIATIONS * tl.sqrt(SAMPLE * share * (1 - share)) + 2, spare)
-    least, most = tl.ceil(SAMPLE * share + apart).to(tl.int32), tl.floor(SAMPLE * share - apart).to(tl.int32)
-    slack, slack_upper = least // SLACK, most // SLACK_UPPER
-    infinite: tl.constexpr = -BOTTOM - 1
-    a = tl.minimum(tl.maximum(tl.min(tl.min(order, axis=1), axis=0) - 1, BOTTOM), infinite)
-    b = tl.minimum(tl.max(tl.max(order, axis=1), axis=0), infinite)
-    mean = tl.sum(tl.sum(tl.where(tl.abs(x) < ADDED, x, 0.0), axis=1), axis=0) / SAMPLE
-    deviation = (tl.minimum(scores_of(b, TOP), ADDED) - tl.maximum(scores_of(a, TOP), -ADDED)) / RANGE
-    lower = _guess(mean, deviation, least + slack / 2, a, b, SAMPLE, TOP)
-    middle = tl.maximum(_guess(mean, deviation, SAMPLE * share, a, b, SAMPLE, TOP), lower)
-    upper = tl.maximum(_guess(mean, deviation, most - slack_upper / 2, a, b, SAMPLE, TOP), middle)
-    over, over_middle, over_upper = count_above(order, lower, middle, upper)
-    every, none = tl.full((), SAMPLE, tl.int32), tl.zeros((), tl.int32)
-    pivot = tl.full((), BOTTOM, order.dtype)
-    if least <= SAMPLE:
-        below, above, more, fewer = narrowed(
-            a, b, every, none, least, lower, middle, upper, over, over_middle, over_upper
-        )
-        pivot, _, _ = _near(order, below, above, more, fewer, least, slack, TOP)
-    pivot_upper = b
-    if most > 0:
-        wanted = most - slack_upper
-        below, above, more, fewer = narrowed(
-            a, b, every, none, wanted, lower, middle, upper, over, over_middle, over_upper
-        )
-        below, above, many = _near(order, below, above, more, fewer, wanted, slack_upper, TOP)
-        pivot_upper = tl.where(many <= most, below, above)
-    return pivot, tl.maximum(pivot_upper, pivot)
+    pivot, _, _, _, pivot_upper = pivots_of(x, tl.full((), SAMPLE, tl.int32), SAMPLE * share, apart, BOTTOM, TOP)
+    return pivot, pivot_upper
 
 
 @triton.jit

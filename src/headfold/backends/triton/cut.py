@@ -19,27 +19,37 @@ from headfold.backends.triton.orders import (
     taken,
 )
 from headfold.backends.triton.pivots import count_true, narrowed, pivots, tally, totals
+from headfold.backends.triton.sift import LISTS, key_of_place
 
 # Keys that a thread takes at a time of what it does not hold.
 PART = tl.constexpr(8)
+# What is cut.
+ROW, LISTED, SIFTED = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 
 
 @triton.jit
 def part(
     row, keys, first, n,
-    BOTTOM: tl.constexpr, TOP: tl.constexpr, PACKED: tl.constexpr, DEEP: tl.constexpr, WIDE: tl.constexpr,
+    BOTTOM: tl.constexpr, TOP: tl.constexpr, KIND: tl.constexpr, DEEP: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """Return the orders of places from `first` on, DEEP of each thread, of those past n BOTTOM, and their keys.
 
-    PACKED: of lists of bits and keys; else `keys` is the first.
+    KIND: ROW of scores, whose first key is `keys`; LISTED, in lists of warps, of bits and keys; SIFTED, in the lists of
+    `sift`, scores with their entries `keys`. Then n is of a thread's list.
     """
-    if not PACKED:
-        i = places(first, DEEP, WIDE)
-        bits, key = bits_of(tl.load(row + i, mask=i < n, other=float("-inf"))), keys + i
-    else:
+    if KIND == LISTED:
         i = spots(first, DEEP, WIDE)
-        bits, key = taken(row, keys, i, i < n)
-    return tl.where(i < n, ordered(bits, TOP), BOTTOM), key
+        live = i < n
+        bits, key = taken(row, keys, i, live)
+    else:
+        i = places(first, DEEP, WIDE)
+        live = (i // LISTS if KIND == SIFTED else i) < n
+        bits = bits_of(tl.load(row + i, mask=live, other=float("-inf")))
+        if KIND == SIFTED:  # noqa: SIM108 (known when compiled: there is one of them)
+            key = key_of_place(i, tl.load(keys + i, mask=live, other=0))
+        else:
+            key = keys + i
+    return tl.where(live, ordered(bits, TOP), BOTTOM), key
 
 
 @triton.jit
@@ -52,25 +62,25 @@ def _ends(order, BOTTOM: tl.constexpr, TOP: tl.constexpr):
 @triton.jit
 def _find(
     order, row, keys, n, longest, many, topk, end, a, b,
-    BOTTOM: tl.constexpr, TOP: tl.constexpr, PACKED: tl.constexpr, HELD: tl.constexpr, WIDE: tl.constexpr,
+    BOTTOM: tl.constexpr, TOP: tl.constexpr, KIND: tl.constexpr, HELD: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """Return (order, key): the best topk of a row are above the order, or have it with a smaller key.
 
     order: of the first places, which stay in registers; others are read again for each step.   end: past all keys.
     a, b: as of `cut`.
     """
-    TOOK: tl.constexpr = TOGETHER if PACKED else WIDE
+    TOOK: tl.constexpr = TOGETHER if KIND == LISTED else WIDE
     OFTEN: tl.constexpr = (1023 - HELD) // PART
     more, fewer = many, tl.zeros((), tl.int32)
     if a > BOTTOM:
         fewer = count_true(order > b)
         for first in range(HELD * TOOK, longest, PART * TOOK):
-            other, _ = part(row, keys, first, n, BOTTOM, TOP, PACKED, PART, WIDE)
+            other, _ = part(row, keys, first, n, BOTTOM, TOP, KIND, PART, WIDE)
             fewer += count_true(other > b)
     if (a == BOTTOM) | (fewer > topk):
         least, greatest, seen = _ends(order, BOTTOM, TOP)
         for first in range(HELD * TOOK, longest, PART * TOOK):
-            other, _ = part(row, keys, first, n, BOTTOM, TOP, PACKED, PART, WIDE)
+            other, _ = part(row, keys, first, n, BOTTOM, TOP, KIND, PART, WIDE)
             some_least, some_greatest, some_seen = _ends(other, BOTTOM, TOP)
             least, greatest = tl.minimum(least, some_least), tl.maximum(greatest, some_greatest)
             seen += some_seen
@@ -90,7 +100,7 @@ def _find(
                 some, some_middle, some_upper = totals(each)
                 over, over_middle, over_upper = over + some, over_middle + some_middle, over_upper + some_upper
                 each = tl.zeros_like(each)
-            other, _ = part(row, keys, first, n, BOTTOM, TOP, PACKED, PART, WIDE)
+            other, _ = part(row, keys, first, n, BOTTOM, TOP, KIND, PART, WIDE)
             each += tally(other, lower, middle, upper)
         some, some_middle, some_upper = totals(each)
         over, over_middle, over_upper = over + some, over_middle + some_middle, over_upper + some_upper
@@ -104,7 +114,7 @@ def _find(
             middle_key = between(until, last)
             ties = tl.zeros((), tl.int32)
             for first in range(0, longest, PART * TOOK):
-                other, key = part(row, keys, first, n, BOTTOM, TOP, PACKED, PART, WIDE)
+                other, key = part(row, keys, first, n, BOTTOM, TOP, KIND, PART, WIDE)
                 ties += count_true((other == b) & (key < middle_key))
             enough = fewer + ties >= topk
             last, before = tl.where(enough, middle_key, last), tl.where(enough, fewer + ties, before)
@@ -121,20 +131,39 @@ def _write_lists(
     """Write what is chosen of lists, and return how many they are: counted first, so that no warp waits for another."""
     each = tl.sum((order > order_cut).to(tl.int32), axis=1)
     for first in range(HELD * TOGETHER, longest, PART * TOGETHER):
-        other, _ = part(lists, keys, first, n, BOTTOM, TOP, True, PART, WIDE)
+        other, _ = part(lists, keys, first, n, BOTTOM, TOP, LISTED, PART, WIDE)
         each += tl.sum((other > order_cut).to(tl.int32), axis=1)
     if key_cut > 0:
         for first in range(0, longest, PART * TOGETHER):
-            other, key = part(lists, keys, first, n, BOTTOM, TOP, True, PART, WIDE)
+            other, key = part(lists, keys, first, n, BOTTOM, TOP, LISTED, PART, WIDE)
             each += tl.sum(((other == order_cut) & (key < key_cut)).to(tl.int32), axis=1)
     many = tl.sum(by_warp(each), axis=1)
     before = tl.cumsum(many, axis=0) - many
     for first in range(0, longest, PART * TOGETHER):
-        other, key = part(lists, keys, first, n, BOTTOM, TOP, True, PART, WIDE)
+        other, key = part(lists, keys, first, n, BOTTOM, TOP, LISTED, PART, WIDE)
         chosen = (other > order_cut) | ((other == order_cut) & (key < key_cut))
         place, before = numbered_apart(chosen, before)
         _store(indices, results, place, key, other, chosen, TOP)
     return tl.sum(many, axis=0)
+
+
+@triton.jit
+def _write_sifted(
+    row, keys, n, longest, order_cut, key_cut, indices, results,
+    BOTTOM: tl.constexpr, TOP: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    """Write what is chosen of sifted lists, and return how many they are. Results may lie where their scores do.
+
+    Threads wait for each other in every step, after they have read it: of so many places no more are written.
+    """
+    written = tl.zeros((), tl.int32)
+    for first in range(0, longest, PART * WIDE):
+        order, key = part(row, keys, first, n, BOTTOM, TOP, SIFTED, PART, WIDE)
+        chosen = (order > order_cut) | ((order == order_cut) & (key < key_cut))
+        place, some = numbered(chosen)
+        _store(indices, results, tl.max_contiguous(written + place, (2, 1)), key, order, chosen, TOP)
+        written += some
+    return written
 
 
 @triton.jit
@@ -146,7 +175,7 @@ def _write_row(
     written = tl.zeros((), tl.int32)
     for first in range(0, n, HELD * WIDE):
         if first > 0:
-            order, _ = part(row, first_key, first, n, BOTTOM, TOP, False, HELD, WIDE)
+            order, _ = part(row, first_key, first, n, BOTTOM, TOP, ROW, HELD, WIDE)
         key = first_key + places(first, HELD, WIDE)
         chosen = order > order_cut
         if key_cut > 0:
@@ -167,19 +196,20 @@ def _store(indices, results, place, key, order, chosen, TOP: tl.constexpr):
 @triton.jit
 def cut(
     order, row, keys, n, longest, many, topk, end, a, b, indices, results,
-    BOTTOM: tl.constexpr, TOP: tl.constexpr, PACKED: tl.constexpr, HELD: tl.constexpr, WIDE: tl.constexpr,
+    BOTTOM: tl.constexpr, TOP: tl.constexpr, KIND: tl.constexpr, HELD: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """Write the best topk of a row of n places, in no order, and return how many they are: none scores -inf.
 
     order: of the first HELD places of each thread, which stay in registers; others are read again for each step.
-    row: scores, whose first has the key `keys`; or with PACKED, where a thread's list starts [wide, 1], which its warp
-    shares, of bits with their keys, or with `keys` beside them. Then n is of that list.   longest: of all lists.
+    row, keys, n: as of `part`.   longest: places of the longest list, or of all sifted ones up to its end.
     many: places of them all.
     a: an order that all that count are above, or BOTTOM; b: one that probably at most topk are above.
     indices, results: where keys and scores of a row are written, dense; results may be None.   end: past all keys.
     """
-    order_cut, key_cut = _find(order, row, keys, n, longest, many, topk, end, a, b, BOTTOM, TOP, PACKED, HELD, WIDE)
-    if PACKED:
+    order_cut, key_cut = _find(order, row, keys, n, longest, many, topk, end, a, b, BOTTOM, TOP, KIND, HELD, WIDE)
+    if KIND == SIFTED:
+        written = _write_sifted(row, keys, n, longest, order_cut, key_cut, indices, results, BOTTOM, TOP, WIDE)
+    elif KIND == LISTED:
         written = _write_lists(
             order, row, keys, n, longest, order_cut, key_cut, indices, results, BOTTOM, TOP, HELD, WIDE
         )

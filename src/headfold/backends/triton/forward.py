@@ -8,7 +8,7 @@ from headfold.backends.triton.visible import row_bounds, seen_by_all, seen_by_an
 
 
 @triton.jit
-def _scores(
+def tile_scores(
     k1, k2, q1, q2, factor, head, scale,
     RELU: tl.constexpr, H: tl.constexpr, HEADS: tl.constexpr, SECOND: tl.constexpr, ROWS: tl.constexpr,
     KEYS: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr, UPCAST: tl.constexpr,
@@ -151,7 +151,7 @@ def score_slab(
             tile = k + tl.cast(key, tl.int64) * k_row
             k1 = load_tile(tile, places1, FIRST, FIRST if SECOND else D)
             k2 = load_tile(tile, places2, SECOND, D - FIRST) if SECOND > 0 else k1
-            scores = _scores(
+            scores = tile_scores(
                 k1, k2, q1, q2, factor, head, scale, RELU, H, HEADS, SECOND, ROWS, KEYS, PRECISION, ACC, UPCAST
             )
             cells = here + (key + step).to(tl.int64)[:, None] * out_key
@@ -167,7 +167,7 @@ def score_slab(
         there = k + t.to(tl.int64) * k_row
         k1 = load_rows(there, t < sk, k_channel, 0, FIRST, FIRST if SECOND else D)
         k2 = load_rows(there, t < sk, k_channel, FIRST, SECOND, D - FIRST) if SECOND > 0 else k1
-        scores = _scores(
+        scores = tile_scores(
             k1, k2, q1, q2, factor, head, scale, RELU, H, HEADS, SECOND, ROWS, KEYS, PRECISION, ACC, UPCAST
         )
         seen = (t[:, None] >= low[None, :]) & (t[:, None] < high[None, :])

@@ -13,14 +13,15 @@ import triton
 import triton.language as tl
 
 from headfold.backends.triton.aside import sampled, walk
-from headfold.backends.triton.cut import cut, part
-from headfold.backends.triton.orders import TOGETHER, by_thread
+from headfold.backends.triton.cut import LISTED, ROW, SIFTED, cut, part
+from headfold.backends.triton.orders import TOGETHER, by_thread, ordered
 from headfold.backends.triton.search import search
+from headfold.backends.triton.sift import LISTS
 from headfold.backends.triton.visible import row_bounds
 
 
 @triton.jit
-def _best(
+def best(
     scores, found, found_key, indices, results, low, high, topk, capacity, sk,
     BOTTOM: tl.constexpr, TOP: tl.constexpr, SAMPLE: tl.constexpr, DEEP: tl.constexpr, HELD: tl.constexpr,
     WIDE: tl.constexpr,
@@ -49,9 +50,9 @@ def _best(
             lists_key += mine
     tl.debug_barrier()
     n = _of_threads(kept)
-    order, _ = part(lists, lists_key, 0, n, BOTTOM, TOP, True, HELD, WIDE)
+    order, _ = part(lists, lists_key, 0, n, BOTTOM, TOP, LISTED, HELD, WIDE)
     return cut(
-        order, lists, lists_key, n, longest, many, topk, sk, a, b, indices, results, BOTTOM, TOP, True, HELD, WIDE
+        order, lists, lists_key, n, longest, many, topk, sk, a, b, indices, results, BOTTOM, TOP, LISTED, HELD, WIDE
     )
 
 
@@ -78,9 +79,19 @@ def _whole(
     """
     MOST: tl.constexpr = 512 // scores.dtype.element_ty.primitive_bitwidth
     FEW: tl.constexpr = HELD if HELD < MOST else MOST
-    order, _ = part(scores + low, low, 0, n, BOTTOM, TOP, False, FEW, WIDE)
+    order, _ = part(scores + low, low, 0, n, BOTTOM, TOP, ROW, FEW, WIDE)
     none = tl.full((), BOTTOM, order.dtype)
-    return cut(order, scores + low, low, n, n, n, topk, sk, none, none, indices, results, BOTTOM, TOP, False, FEW, WIDE)
+    return cut(order, scores + low, low, n, n, n, topk, sk, none, none, indices, results, BOTTOM, TOP, ROW, FEW, WIDE)
+
+
+@triton.jit
+def clear(indices, results, many, topk, WIDE: tl.constexpr):
+    """Write that there are no keys from place `many` on."""
+    for first in range(many, topk, WIDE):
+        i = first + tl.arange(0, WIDE)
+        tl.store(indices + i, tl.full((WIDE,), -1, indices.dtype.element_ty), mask=i < topk)
+        if results is not None:
+            tl.store(results + i, tl.full((WIDE,), float("-inf"), results.dtype.element_ty), mask=i < topk)
 
 
 @triton.jit(
@@ -156,13 +167,44 @@ def keep_kernel(
         found += place * capacity
         if found_key is not None:
             found_key += place * capacity
-        many = _best(
+        many = best(
             scores, found, found_key, indices, results, low, high, topk, capacity, sk,
             BOTTOM, TOP, SAMPLE, DEEP, HELD, WIDE,
         )  # fmt: skip
     tl.store(count + first_line + place, many)
-    for first in range(many, topk, WIDE):
-        i = first + tl.arange(0, WIDE)
-        tl.store(indices + i, tl.full((WIDE,), -1, indices.dtype.element_ty), mask=i < topk)
-        if results is not None:
-            tl.store(results + i, tl.full((WIDE,), float("-inf"), results.dtype.element_ty), mask=i < topk)
+    clear(indices, results, many, topk, WIDE)
+
+
+@triton.jit(do_not_specialize=["sk", "topk", "lists_row", "indices_row", "results_row"])
+def keep_sifted_kernel(
+    scores, entries, counts, pivots, count, indices, results, sk, topk, room, lists_row, indices_row, results_row,
+    BOTTOM: tl.constexpr, TOP: tl.constexpr, HELD: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    """Write the best topk keys of a row's lists, in no order, as `keep_kernel` does, if they hold those.
+
+    scores, entries, counts, pivots: as `sift_kernel` takes them.   count: int32 [rows], how many there are, or -1 where
+    a list was too short or the pivot too high: then nothing else is written.
+    results: scores, or None; with a row in the memory of that row's lists.
+    """
+    row = tl.program_id(0).to(tl.int64)
+    place = tl.arange(0, WIDE) % LISTS
+    of_lists = tl.load(counts + row * LISTS + tl.arange(0, LISTS))
+    many, longest = tl.sum(of_lists, axis=0), tl.max(of_lists, axis=0)
+    n = tl.load(counts + row * LISTS + place)[:, None]
+    lower = ordered(tl.load(pivots + row * 4), TOP)
+    upper = tl.load(pivots + row * 4 + 3)
+    if (longest > room) | ((many < topk) & (lower > BOTTOM)):
+        tl.store(count + row, -1)
+        return
+    scores += row * lists_row
+    entries += row * lists_row
+    indices += row * indices_row
+    if results is not None:
+        results += row * results_row
+    order, _ = part(scores, entries, 0, n, BOTTOM, TOP, SIFTED, HELD, WIDE)
+    written = cut(
+        order, scores, entries, n, longest * LISTS, many, topk, sk, lower, upper, indices, results,
+        BOTTOM, TOP, SIFTED, HELD, WIDE,
+    )  # fmt: skip
+    tl.store(count + row, written)
+    clear(indices, results, written, topk, WIDE)

@@ -34,13 +34,14 @@ def _exchange(bits, indices, left, right, many):
 
 
 # Were rows known to be aligned, a thread would take several neighbours, and neighbours would lie on fewer threads.
-@triton.jit(do_not_specialize=["topk", "indices_batch", "indices_row", "scores_batch", "scores_row"])
+@triton.jit(do_not_specialize=["topk", "bits_row", "indices_batch", "indices_row", "scores_batch", "scores_row"])
 def order_kernel(
     bits,
     count,
     indices,
     scores,
     topk,
+    bits_row,
     indices_batch,
     indices_row,
     scores_batch,
@@ -53,13 +54,16 @@ def order_kernel(
     """Put the first keys of a row's indices in order, the best first, and write their scores, and -inf behind them.
 
     There are at most 2 ** LOG.
-    bits: [lines, topk], of the keys' scores, which become orders and move with them.   count: [lines], how many.
+    bits: [lines, topk], of the keys' scores, which become orders and move with them.   count: [lines], how many; a row
+    of fewer than none is left as it is.
     """
     row, batch = tl.program_id(0), tl.program_id(2).to(tl.int64)
     line = batch * tl.num_programs(0) + row
-    bits += line * topk
-    indices += batch * indices_batch + row.to(tl.int64) * indices_row
     many = tl.load(count + line)
+    if many < 0:
+        return
+    bits += line * bits_row
+    indices += batch * indices_batch + row.to(tl.int64) * indices_row
     e = tl.arange(0, 1 << LOG)
     place = places_by(ordered(tl.load(bits + e, mask=e < many, other=0), TOP), e < many, LOG, LANES)
     order = ordered(tl.load(bits + place, mask=e < many, other=0), TOP)

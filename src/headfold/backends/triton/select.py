@@ -204,7 +204,7 @@ def _finish(indices: Tensor, scores: Tensor | None, top: int, scratch: Scratch) 
         return
     if plan.blocks == 2:
         constants = {"TOP": top, **network(plan.block, tile.order_warps), "num_warps": tile.order_warps}
-        launch(order_kernel, (rows, 1, b), scratch.bits, scratch.count, *results, *strides, **constants)
+        launch(order_kernel, (rows, 1, b), scratch.bits, scratch.count, *results, topk, *strides, **constants)
         return
     for period, apart in rounds(plan.blocks):
         first = period == 1

@@ -13,6 +13,7 @@ from headfold.backends.triton.products import precision
 from headfold.backends.triton.replay import replay
 from headfold.backends.triton.scores import fill_scores
 from headfold.backends.triton.select import Scratch, finish, keep
+from headfold.backends.triton.sifted import Lists, fold, sifted_plan
 from headfold.contract import compute_dtype
 from headfold.triton_tiles import Part, SlabSelection, padded
 
@@ -51,6 +52,20 @@ def index_topk(
     if indices.numel() == 0 or sk == 0:
         _clear(indices, scores)
         return indices, scores
+    call = Slab(q, weights, k, start, end, bias, offset, ratio, scale)
+    sifted = sifted_plan(call, topk, workspace, in_order) if relu else None
+    if sifted is not None:
+        lists = Lists(sifted, q.device)
+        kind = "lists", sifted, offset, ratio, scale.hex()
+        replay(
+            functools.partial(fold, indices, scores, call, lists),
+            kind,
+            indices,
+            scores,
+            *call.tensors(),
+            *lists.tensors(),
+        )
+        return indices, scores
     plan = selection_plan(q, k, relu, topk, workspace, in_order)
     parts, most = _slabs(plan, b, sq, sk, offset, ratio), plan.kept.topk
     unseen = parts[0].row if parts else sq  # rows that the static bound bars from every key are in no slab
@@ -60,7 +75,6 @@ def index_topk(
         _clear(indices[..., most:], None if scores is None else scores[..., most:])
     buffer = torch.empty(plan.elements, dtype=dtype, device=q.device)
     scratch = Scratch(plan.kept, q.device)
-    call = Slab(q, weights, k, start, end, bias, offset, ratio, scale)
     run = functools.partial(_fold, indices, scores, call, buffer, scratch, plan, relu=relu)
     if relu:  # else heads are folded first, into memory of their own
         key = "selection", plan, offset, ratio, scale.hex(), precision(k.dtype)

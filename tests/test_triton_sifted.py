@@ -1,0 +1,234 @@
+"""Selection without scores in memory: what is listed, what is cut from it, and what becomes of a wrong sample."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import triton.language as tl
+from torch import Tensor
+
+from headfold import IndexerGeometry, KeyRange, index_scores, index_topk, sift_tiles
+from headfold.lanes.measure import allocator_peak
+from headfold.sift_tiles import SiftedSelection
+from headfold.tiles import DEFAULT_WORKSPACE, MIB
+from on_device import DEVICE, Case, there
+
+pytest.importorskip("triton", reason="Triton is not installed")
+from headfold.backends.triton import sampling, sifted
+from headfold.backends.triton import topk as topk_kernels
+
+NEG_INF, INF, NAN = float("-inf"), float("inf"), float("nan")
+SIZES = {"sq": 9, "sk": 200, "h": 20, "d": 16}
+TOPK = 40
+
+
+class Watch:
+    """What the kernels were asked: how often, and of how many rows again."""
+
+    def __init__(self) -> None:
+        self.calls = self.again = 0
+
+
+@pytest.fixture
+def watch(monkeypatch: pytest.MonkeyPatch) -> Watch:
+    """Let groups of 8 rows do, of which 70 keys are listed whole, and watch what is asked of the kernels."""
+    monkeypatch.setattr(sift_tiles, "_ABREAST", {16: {32: 8}})
+    monkeypatch.setattr(sift_tiles, "_SHORTEST", 64)
+    monkeypatch.setattr(sift_tiles, "_PIVOTS", 16)
+    monkeypatch.setattr(sift_tiles, "_USED", 10)
+    monkeypatch.setattr(sift_tiles, "_AGAIN", 3)
+    for module in (sift_tiles, sifted):
+        monkeypatch.setattr(module, "FITTING", 70)
+        monkeypatch.setattr(module, "CAPACITY", 64)
+    watched, fold, again = Watch(), sifted.fold, sifted.Group._again
+
+    def folded(*call: Any) -> None:
+        watched.calls += 1
+        fold(*call)
+
+    def repeated(group: sifted.Group, *rest: Any) -> None:
+        watched.again += int((group.lists.count[: group.rows] < 0).sum())
+        again(group, *rest)
+
+    monkeypatch.setattr(topk_kernels, "fold", folded)
+    monkeypatch.setattr(sifted.Group, "_again", repeated)
+    monkeypatch.setattr(topk_kernels, "replay", lambda run, *_: run())
+    return watched
+
+
+def room(monkeypatch: pytest.MonkeyPatch, places: int) -> None:
+    """Give every list so many places."""
+    monkeypatch.setattr(sift_tiles, "ROOM", places)
+    monkeypatch.setattr(sifted, "ROOM", places)
+
+
+def best(scores: Tensor, topk: int) -> tuple[Tensor, Tensor]:
+    """Indices and scores by a stable sort, in which NaN comes first; -1 and -inf where a row runs out."""
+    scores = scores.cpu()
+    values, order = torch.sort(torch.where(scores.isnan(), NAN, scores + 0.0), dim=-1, descending=True, stable=True)
+    return order.masked_fill(values == NEG_INF, -1)[..., :topk].int(), values[..., :topk]
+
+
+def check(q: Tensor, weights: Tensor | None, k: Tensor, topk: int = TOPK, **call: Any) -> None:
+    """Hold a selection, in order and in none, to the scores of all keys."""
+    indices, scores = best(index_scores(q, weights, k, impl="triton", **call), topk)
+    got = index_topk(q, weights, k, topk, with_scores=True, impl="triton", **call)
+    assert torch.equal(got.indices.cpu(), indices)
+    torch.testing.assert_close(torch.as_tensor(got.scores).cpu(), scores, rtol=0, atol=0, equal_nan=True)
+    alone = index_topk(q, weights, k, topk, impl="triton", **call)
+    assert torch.equal(alone.indices.cpu(), indices)
+    free = index_topk(q, weights, k, topk, with_scores=True, impl="triton", sorted=False, **call)
+    back = free.indices.cpu().masked_fill(free.indices.cpu() < 0, k.shape[0]).argsort(-1)
+    order = indices.masked_fill(indices < 0, k.shape[0]).argsort(-1)
+    assert torch.equal(free.indices.cpu().gather(-1, back), indices.gather(-1, order))
+    found = torch.as_tensor(free.scores).cpu().gather(-1, back)
+    torch.testing.assert_close(found, scores.gather(-1, order), rtol=0, atol=0, equal_nan=True)
+
+
+def inputs(dtype: torch.dtype = torch.bfloat16, **sizes: Any) -> list[Any]:
+    case = Case(**{**SIZES, **sizes})
+    return [x if x is None else x.to(DEVICE) for x in case.inputs(dtype)]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(
+    ("sizes", "call"),
+    [
+        ({"b": 2}, {"causal": True}),
+        ({"weighted": False}, {}),
+        ({"sq": 19}, {"keys": KeyRange(offset=50, ratio=1)}),
+        ({"sk": 200}, {"keys": KeyRange(offset=790, ratio=4), "scale": -0.5}),
+    ],
+    ids=["causal", "all", "offset", "ratio"],
+)
+def test_the_best_keys_are_those_of_all_scores(
+    sizes: dict[str, Any], call: dict[str, Any], dtype: torch.dtype, watch: Watch
+) -> None:
+    check(*inputs(dtype, **sizes), **call)
+    assert watch.calls == 3
+    assert watch.again == 0
+
+
+@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")
+@pytest.mark.parametrize("values", ["plateau", "few", "special", "late"])
+def test_ties_and_what_is_no_number_follow_the_total_order(values: str, watch: Watch) -> None:
+    q, weights, k = inputs()
+    if values == "plateau":
+        k.zero_()
+    elif values == "few":  # 20 keys, each of them many times: the cut is in a plateau
+        k.copy_(k[:20].repeat(10, 1, 1))
+    elif values == "special":
+        k[5], k[17, :, 0], k[60:63] = NAN, INF, -INF
+        weights[1] = 0.0
+        weights[2] = -0.0
+    else:  # the best keys are the last of a plateau of others
+        k[:160].zero_()
+    check(q, weights, k, causal=True)
+    assert watch.calls == 3
+
+
+@pytest.mark.parametrize("wrong", ["short", "high"])
+def test_rows_whose_sample_was_wrong_are_selected_from_again(
+    wrong: str, watch: Watch, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if wrong == "short":
+        room(monkeypatch, 3)
+    else:
+        monkeypatch.setattr(sampling, "DEVIATIONS", tl.constexpr(-1.5))
+    check(*inputs(b=2), causal=True)
+    assert watch.calls == 3
+    # In all three calls: of the long rows most, as there are two batch elements of nine.
+    assert 10 < watch.again <= 3 * 2 * 9
+
+
+def test_lists_of_a_sorted_row_are_too_short_for_a_sample_that_is_even(watch: Watch) -> None:
+    q, weights, k = inputs()
+    q.copy_(q.abs())
+    weights.copy_(weights.abs())
+    k.copy_(torch.linspace(0.1, 2, len(k), device=DEVICE)[:, None, None])  # the best keys are neighbours
+    check(q, weights, k)
+    assert watch.again == 0
+
+
+def test_the_same_keys_in_every_run_and_nothing_is_written_beside_the_results(
+    watch: Watch, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    room(monkeypatch, 6)
+    q, weights, k = inputs()
+    runs = [index_topk(q, weights, k, TOPK, causal=True, impl="triton", sorted=False).indices for _ in range(3)]
+    assert torch.equal(runs[0], runs[1])
+    assert torch.equal(runs[0], runs[2])
+    plan = SiftedSelection.of(9, 200, 20, 16, TOPK, DEFAULT_WORKSPACE)
+    assert plan is not None
+    lists = sifted.Lists(plan, torch.device(DEVICE))
+    behind = []
+    for name, buffer in vars(lists).items():
+        if isinstance(buffer, Tensor):
+            longer = buffer.new_full((buffer.numel() + 4096,), 77)
+            setattr(lists, name, longer[: buffer.numel()])
+            behind.append(longer[buffer.numel() :])
+    monkeypatch.setattr(topk_kernels, "Lists", lambda *_: lists)
+    check(q, weights, k, causal=True)
+    assert len(behind) == 5
+    assert all((x == 77).all() for x in behind)
+    assert watch.calls == 6
+
+
+@pytest.mark.parametrize("in_order", [True, False])
+def test_a_planned_byte_is_an_allocated_byte(in_order: bool, watch: Watch) -> None:
+    q, weights, k = inputs(sq=8, sk=2000)
+    plan = SiftedSelection.of(8, 2000, 20, 16, TOPK, DEFAULT_WORKSPACE, in_order=in_order)
+    assert plan is not None
+    call: dict[str, Any] = {"keys": KeyRange(offset=-1900, ratio=1), "sorted": in_order, "impl": "triton"}
+    peak = allocator_peak(lambda: index_topk(q, weights, k, TOPK, **call), DEVICE)
+    assert watch.calls > 0
+    taken = peak.peak - peak.result.indices.untyped_storage().nbytes()
+    assert plan.scratch_bytes <= taken <= plan.scratch_bytes + 4096
+
+
+def test_other_calls_are_selected_from_slabs(watch: Watch) -> None:
+    q, weights, k = inputs()
+    end = there(KeyRange(end=torch.full((9,), 180, dtype=torch.int32)))
+    others: list[dict[str, Any]] = [
+        {"keys": end},
+        {"bias": torch.zeros(1, 9, 200, device=DEVICE)},
+        {"activation": None},
+    ]
+    for call in others:
+        index_topk(q, weights, k, TOPK, impl="triton", **call)
+    index_topk(q.float(), weights.float(), k.float(), TOPK, impl="triton")
+    index_topk(q[:, :, :16], weights[:, :, :16], k, TOPK, impl="triton")
+    assert watch.calls == 0
+
+
+@pytest.mark.parametrize("sk", [32768, 65536, 262144, 1 << 19])
+@pytest.mark.parametrize(("h", "d"), [(32, 128), (64, 128), (20, 64), (128, 64)])
+def test_the_default_workspace_holds_lists_samples_and_what_is_selected_again(sk: int, h: int, d: int) -> None:
+    sizes = (1, 32768, sk, h, d, 2048)
+    geometry = IndexerGeometry(*sizes, "bfloat16")
+    sifted_plan = geometry.sifted_selection()
+    assert sifted_plan is not None
+    assert sifted_plan == SiftedSelection.of(*sizes[1:], DEFAULT_WORKSPACE)
+    bill = geometry.bill("headfold top-k", backend="triton").forward - geometry.indices_bytes
+    assert bill == max(geometry.slab_selection().scratch_bytes, sifted_plan.scratch_bytes)
+    assert IndexerGeometry(*sizes, "float32").sifted_selection() is None
+    assert IndexerGeometry(*sizes, "bfloat16", False).sifted_selection() is None
+    for in_order in (True, False):
+        plan = SiftedSelection.of(32768, sk, h, d, 2048, DEFAULT_WORKSPACE, in_order=in_order)
+        assert plan is not None
+        assert plan.scratch_bytes <= DEFAULT_WORKSPACE - 2 * MIB  # for what the allocator rounds up
+        assert plan.pivots % plan.rows == 0
+        assert plan.sample_bytes + plan.sample_rows * 4 * plan.sampled <= plan.lists_bytes
+        one = 4 * sk + 8 * sift_tiles.CAPACITY
+        assert plan.programs > 0
+        assert plan.waiting_bytes + plan.programs * one <= plan.lists_bytes
+        # What waits to be sorted lies in the memory of its row's lists.
+        assert plan.topk <= sift_tiles.ROOM * sift_tiles.LISTS
+    assert SiftedSelection.of(32768, sk, h, d, 2049, DEFAULT_WORKSPACE) is None
+    assert SiftedSelection.of(32768, 16000, h, d, 2048, DEFAULT_WORKSPACE) is None
+    assert SiftedSelection.of(300, sk, h, d, 2048, DEFAULT_WORKSPACE) is None
+    assert SiftedSelection.of(32768, sk, 16, d, 2048, DEFAULT_WORKSPACE) is None
+    assert SiftedSelection.of(32768, sk, h, 96, 2048, DEFAULT_WORKSPACE) is None
+    assert SiftedSelection.of(32768, sk, h, d, 2048, 10 * MIB) is None
