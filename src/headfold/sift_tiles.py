@@ -16,16 +16,16 @@ _PLACE = 4 + 2
 # Most keys that are wanted: of three times as many some lists get too long.
 _MOST = 2048
 # Rows that a chip of 132 multiprocessors scores at a time, by width and by the power of two that holds their heads: two
-# or three programs each, of 128 or 256 rows x heads. Those of fewer heads are more than there is room for, and keys of
-# other widths are read in two pieces, which takes registers.
-_ABREAST = {64: {32: 1584, 64: 792, 128: 396}, 128: {32: 1584, 64: 1056, 128: 528}}
+# or three programs each, of 128 or 256 rows x heads. Those of fewer heads are more than there is room for; more heads,
+# and keys of other widths, which are read in two pieces, take registers.
+_ABREAST = {64: {32: 1584, 64: 792}, 128: {32: 1584, 64: 1056}}
 # Programs that wait while others have a row to score are idle: so many of 100 rows have to be there for.
 _USED = 80
 # Keys of the shortest rows, and of the longest: a program holds a sample of those.
 _SHORTEST, _LONGEST = 6 * FITTING, 1 << 19
 # Rows whose pivots are looked for at a time.
 _PIVOTS = 16384
-_PIVOT = 4 * 4
+_PIVOT = 4 * 4 + 4  # and a count
 # Programs that select again where a sample was wrong, and what each puts aside.
 _AGAIN, CAPACITY = 264, 4096
 _ALIGNED = 512
@@ -87,20 +87,15 @@ class SiftedSelection:
         return self.places * _PLACE
 
     @property
-    def waiting_bytes(self) -> int:
-        """Bytes of the scores of rows that are selected from again, until they are sorted."""
-        return _aligned(4 * self.rows * self.topk) if self.in_order else 0
-
-    @property
     def programs(self) -> int:
-        """Programs that select again."""
-        one = 4 * padded(self.sk) + 8 * CAPACITY
-        return min(_AGAIN, (self.lists_bytes - self.waiting_bytes) // one)
+        """Programs that select again, each with the scores of a row, what is put aside, and what waits to be sorted."""
+        one = 4 * padded(self.sk) + 8 * CAPACITY + (4 * self.topk if self.in_order else 0)
+        return min(_AGAIN, self.lists_bytes // one)
 
     @property
     def scratch_bytes(self) -> int:
         """Scratch of the fold."""
-        return self.lists_bytes + self.rows * (LISTS + 2) * 4 + self.pivots * _PIVOT
+        return self.lists_bytes + self.rows * LISTS * 4 + self.pivots * _PIVOT
 
 
 def _aligned(size: int) -> int:

@@ -19,8 +19,10 @@ import torch
 from headfold import backends
 from headfold.lanes import measure
 from headfold.lanes.every_op import IMPLS, OPS, calls, make_inputs, name_of
+from headfold.lanes.long_rows import FEWER, TOPK, long_rows, seen
 from headfold.lanes.record import FAIL, PASS, SKIP, Column, Lane, Row, Track, no_track
 from headfold.loss import indexer_loss
+from headfold.selection import index_topk
 
 COLUMNS = (
     Column("backend", "backend"),
@@ -48,7 +50,7 @@ WATCHES = (
 SMALL = {"b": 2, "sq": 19, "sk": 45, "h": 3, "d": 80, "topk": 11, "heads": 4, "key_heads": 2, "hn": 24}
 # More keys than are sorted, or summed, by one program.
 WIDE = {"b": 1, "sq": 3, "sk": 2061, "h": 2, "d": 16, "topk": 2050, "heads": 2, "key_heads": 1, "hn": 16}
-WIDE_CALLS = "many keys"
+WIDE_CALLS, LONG_CALLS = "many keys", "long rows"
 
 
 def sanitizer(
@@ -74,7 +76,8 @@ def sanitizer(
             found = pool.map(partial(_watched, program, device), rows)
             lane.rows = [{**row, **judged} for row, judged in track(list(zip(rows, found, strict=True)), "sanitizer")]
     lane.notes = [
-        f"Small shapes with odd sizes, {SMALL}, and many keys, {WIDE}: each kernel runs at least once.",
+        f"Small shapes with odd sizes, {SMALL}, many keys, {WIDE}, and long rows, {FEWER}: each kernel runs at least "
+        "once.",
         "torch's allocator does not cache, so that bounds are real. Only our own kernels are watched, compiled "
         "beforehand. So initcheck is not among the tools: it would have to see what torch's kernels write.",
     ]
@@ -83,7 +86,7 @@ def sanitizer(
 
 def parts(impl: str) -> list[str]:
     """Return what `exercise` runs, by name."""
-    return [*(op for op, _ in calls((impl,))), WIDE_CALLS]
+    return [*(op for op, _ in calls((impl,))), WIDE_CALLS, LONG_CALLS]
 
 
 def exercise(impl: str, dtype: str, device: str, only: Sequence[str] = ()) -> None:
@@ -91,6 +94,11 @@ def exercise(impl: str, dtype: str, device: str, only: Sequence[str] = ()) -> No
     make = partial(make_inputs, torch.device(device), getattr(torch, dtype))
     small, wide = make(**SMALL), make(**WIDE)
     for part in only or parts(impl):
+        if part == LONG_CALLS:
+            if small.q.dtype == HALF:  # others have no kernels for such rows
+                q, weights, k = long_rows(small.q.device, HALF, FEWER)
+                index_topk(q, weights, k, TOPK, keys=seen(FEWER), impl=impl)
+            continue
         if part != WIDE_CALLS:
             OPS[part](small, impl)
             continue

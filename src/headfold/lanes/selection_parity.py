@@ -10,6 +10,7 @@ from torch import Tensor
 from headfold.geometry import IndexerGeometry
 from headfold.keyrange import KeyRange
 from headfold.lanes.budget import score_budget, spend_all
+from headfold.lanes.long_rows import CROWDED, SIZES, TOPK, long_rows, seen
 from headfold.lanes.parity import checked_width, gradcheck_cases, gradcheck_row
 from headfold.lanes.paths import least_workspace
 from headfold.lanes.problem import Problem
@@ -54,6 +55,11 @@ def selection_parity(
         lane.rows += _budget(tensors, topk, {"scale": problem.scale, "impl": impl, "keys": short})
     tensors = _tensors(problem, device, getattr(torch, problem.geometry.dtype), REPEATED_ROWS, REPEATED_KEYS)
     lane.rows.append(_bits(tensors, max(1, min(problem.geometry.topk, len(tensors[2]) // 8)), impl, track))
+    if device.type == "cuda" and impl != "eager":
+        for dtype in (torch.bfloat16, torch.float16):
+            tensors = long_rows(device, dtype, SIZES)
+            long: dict[str, Any] = {"keys": seen(SIZES), "impl": impl}
+            lane.rows += [_order("long rows", tensors, TOPK, long), _repeated(tensors, long, track)]
     for name, call in track(list(gradcheck_cases(device).items()), "gradcheck of selected scores, float64"):
         lane.rows.append(_gradcheck(name, call, device, impl))
     lane.notes = [
@@ -66,6 +72,8 @@ def selection_parity(
         "score matrix. Short rows: the first sees half of topk keys, so it ends in -1.",
         f"Tensors: {problem.source}; at most {ROWS} rows and {KEYS} keys of them, topk at most half of the keys; "
         f"for the bits {REPEATED_ROWS} and {REPEATED_KEYS}, topk at most an eighth.",
+        f"Long rows, on a GPU: {SIZES}, topk {TOPK}, of a causal bound; in the last {CROWDED} rows the best keys are "
+        "so spaced that a sample finds too few places for them, and they are selected from again.",
     ]
     return lane
 
@@ -172,6 +180,23 @@ def _bits(tensors: list[Tensor], topk: int, impl: str, track: Track[Any]) -> Row
     row = _named(said, tensors, "indices, scores, gradients")
     if differing:
         return {**row, "verdict": FAIL, "note": f"{differing} of {len(workspaces)} runs differ"}
+    return {**row, "verdict": PASS}
+
+
+def _repeated(tensors: list[Tensor], call: dict[str, Any], track: Track[Any]) -> Row:
+    """Select again and again from long rows, in order and in none, and compare every bit."""
+    q, weights, k = tensors
+    row, differing = _named(f"bits, {REPEATS} repeats of long rows", tensors, f"top {TOPK}"), 0
+    for in_order in (True, False):
+        expected = index_topk(q, weights, k, TOPK, with_scores=True, sorted=in_order, **call)
+        for _ in track(range(REPEATS), "selection, long rows"):
+            got = index_topk(q, weights, k, TOPK, with_scores=True, sorted=in_order, **call)
+            assert got.scores is not None
+            assert expected.scores is not None
+            same = torch.equal(got.indices, expected.indices)
+            differing += not (same and torch.equal(_bits_of(got.scores), _bits_of(expected.scores)))
+    if differing:
+        return {**row, "verdict": FAIL, "note": f"{differing} of {2 * REPEATS} runs differ"}
     return {**row, "verdict": PASS}
 
 

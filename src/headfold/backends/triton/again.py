@@ -10,6 +10,8 @@ import triton.language as tl
 
 from headfold.backends.triton.forward import tile_scores
 from headfold.backends.triton.keep import best, clear
+from headfold.backends.triton.order import sort_in_memory, write_scores
+from headfold.backends.triton.orders import ordered
 from headfold.backends.triton.products import load_rows
 from headfold.backends.triton.visible import row_bounds
 
@@ -17,9 +19,9 @@ from headfold.backends.triton.visible import row_bounds
 @triton.jit(do_not_specialize=["rows", "sk", "topk", "capacity", "offset", "line_row", "indices_row", "results_row"])
 def again_kernel(
     count,
-    later,
     lines,
     found,
+    bits,
     indices,
     results,
     q,
@@ -46,6 +48,7 @@ def again_kernel(
     H: tl.constexpr,
     D: tl.constexpr,
     HEADS: tl.constexpr,
+    ROWS: tl.constexpr,
     KEYS: tl.constexpr,
     STAGES: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -57,28 +60,35 @@ def again_kernel(
     DEEP: tl.constexpr,
     HELD: tl.constexpr,
     WIDE: tl.constexpr,
+    LOG: tl.constexpr,
+    PAIRS: tl.constexpr,
 ):
-    """Write the best topk of the rows that have fewer than no keys, in no order, as `keep_kernel` does.
+    """Write the best topk of the rows that have fewer than no keys, in order or in none.
 
-    count: int32 [rows], as `keep_sifted_kernel` leaves them.   later: int32 [rows], what it would say of these rows; -1
-    of all others.   lines: float32 [programs, line_row], scores of a row.   found: int64 [programs, capacity].
+    count: int32 [rows], as `keep_sifted_kernel` leaves them.   lines: float32 [programs, line_row], scores of a row.
+    found: int64 [programs, capacity].   bits: float32 [programs, topk], of what is put in order, or None.
     The rest is as of `sift_kernel` and `keep_kernel`.
     """
     lines += tl.program_id(0).to(tl.int64) * line_row
     found += tl.program_id(0).to(tl.int64) * capacity
-    head = tl.arange(0, HEADS)
-    real = head < H
+    if bits is not None:
+        bits += tl.program_id(0).to(tl.int64) * topk
+    each = tl.arange(0, ROWS * HEADS)
+    head = each % HEADS
     for row in range(tl.program_id(0), rows, tl.num_programs(0)):
-        many = tl.full((), -1, tl.int32)
         if tl.load(count + row) < 0:
             one = row + tl.arange(0, 1)
             _, highs = row_bounds(one, one >= 0, sk, None, None, 0, 0, offset, RATIO, HAS_OFFSET)
             high = tl.max(highs, axis=0)
             wide_row = tl.cast(row, tl.int64)
-            places = q + wide_row * q_row + head.to(tl.int64) * q_head
-            query = tl.trans(load_rows(places, real, q_channel, 0, D, D))
+            # Rows are scored as `sift_kernel` and `score_slab` do, to the same bits: with those of their tile.
+            query_row = (row // ROWS * ROWS + each // HEADS).to(tl.int64)
+            real = (query_row < rows) & (head < H)
+            mine = tl.arange(0, ROWS) == row % ROWS
+            places = q + query_row * q_row + head.to(tl.int64) * q_head
+            queries = tl.trans(load_rows(places, real, q_channel, 0, D, D))
             if weights is not None:
-                at = weights + wide_row * weights_row + head.to(tl.int64) * weights_head
+                at = weights + query_row * weights_row + head.to(tl.int64) * weights_head
                 factor = tl.load(at, mask=real, other=0.0).to(ACC)
             else:
                 factor = real.to(ACC)
@@ -87,18 +97,42 @@ def again_kernel(
                 there = k + t.to(tl.int64) * k_row
                 some = load_rows(there, t < sk, k_channel, 0, D, D)
                 x = tile_scores(
-                    some, some, query, query, factor, head, scale, True, H, HEADS, 0, 1, KEYS, PRECISION, ACC, UPCAST
+                    some,
+                    some,
+                    queries,
+                    queries,
+                    factor,
+                    head,
+                    scale,
+                    True,
+                    H,
+                    HEADS,
+                    0,
+                    ROWS,
+                    KEYS,
+                    PRECISION,
+                    ACC,
+                    UPCAST,
                 )
-                tl.store(lines + t, tl.reshape(x, (KEYS,)), mask=t < high)
+                at_keys = tl.broadcast_to((lines + t)[:, None], (KEYS, ROWS))
+                tl.store(at_keys, x, mask=(t < high)[:, None] & mine[None, :])
             tl.debug_barrier()
             picked = indices + wide_row * indices_row
             beside = results
             if results is not None:
                 beside += wide_row * results_row
+            kept = beside if bits is None else bits
             many = best(
-                lines, found, None, picked, beside, tl.zeros((), tl.int32), high, topk, capacity, sk,
+                lines, found, None, picked, kept, tl.zeros((), tl.int32), high, topk, capacity, sk,
                 BOTTOM, TOP, SAMPLE, DEEP, HELD, WIDE,
             )  # fmt: skip
             clear(picked, beside, many, topk, WIDE)
             tl.debug_barrier()
-        tl.store(later + row, many)
+            if bits is not None:
+                orders, e = bits.to(tl.pointer_type(tl.int32)), tl.arange(0, 1 << LOG)
+                tl.store(orders + e, ordered(tl.load(orders + e, mask=e < many, other=0), TOP), mask=e < many)
+                tl.debug_barrier()
+                sort_in_memory(orders, picked, many, LOG, PAIRS)
+                if beside is not None:
+                    write_scores(orders, beside, many, topk, TOP, LOG)
+                tl.debug_barrier()

@@ -33,6 +33,29 @@ def _exchange(bits, indices, left, right, many):
     return tl.sum(wrong.to(tl.int32), axis=0)
 
 
+@triton.jit
+def sort_in_memory(bits, indices, many, LOG: tl.constexpr, PAIRS: tl.constexpr):
+    """Put the first `many` orders of a row, at most 2 ** LOG, and their keys in order, the best first."""
+    # A bitonic network. Every exchange puts the better one first, so none is needed with places past the last.
+    for run in range(0, LOG):
+        for step in range(0, run + 1):
+            apart = run - step
+            for first in range(0, 1 << (LOG - 1), PAIRS):
+                pair = first + tl.arange(0, PAIRS)
+                left = (pair >> apart << (apart + 1)) | (pair & ((1 << apart) - 1))
+                right = tl.where(step == 0, left ^ ((2 << apart) - 1), left | (1 << apart))
+                _exchange(bits, indices, left, right, many)
+            tl.debug_barrier()
+
+
+@triton.jit
+def write_scores(bits, scores, many, topk, TOP: tl.constexpr, LOG: tl.constexpr):
+    """Write the scores of the first `many` orders of a row, and -inf behind them."""
+    e = tl.arange(0, 1 << LOG)
+    best = scores_of(tl.load(bits + e, mask=e < many, other=0), TOP)
+    tl.store(scores + e, tl.where(e < many, best, float("-inf")), mask=e < topk)
+
+
 # Were rows known to be aligned, a thread would take several neighbours, and neighbours would lie on fewer threads.
 @triton.jit(do_not_specialize=["topk", "bits_row", "indices_batch", "indices_row", "scores_batch", "scores_row"])
 def order_kernel(
@@ -54,8 +77,8 @@ def order_kernel(
     """Put the first keys of a row's indices in order, the best first, and write their scores, and -inf behind them.
 
     There are at most 2 ** LOG.
-    bits: [lines, topk], of the keys' scores, which become orders and move with them.   count: [lines], how many; a row
-    of fewer than none is left as it is.
+    bits: [lines, topk], bits_row apart, of the keys' scores, which become orders and move with them.
+    count: [lines], how many; a row of fewer than none is left as it is.
     """
     row, batch = tl.program_id(0), tl.program_id(2).to(tl.int64)
     line = batch * tl.num_programs(0) + row
@@ -83,20 +106,9 @@ def order_kernel(
         turns += 1
         tl.debug_barrier()
     if swaps > 0:
-        # A bitonic network. Every exchange puts the better one first, so none is needed with places past the last.
-        for run in range(0, LOG):
-            for step in range(0, run + 1):
-                apart = run - step
-                for first in range(0, 1 << (LOG - 1), PAIRS):
-                    pair = first + tl.arange(0, PAIRS)
-                    left = (pair >> apart << (apart + 1)) | (pair & ((1 << apart) - 1))
-                    right = tl.where(step == 0, left ^ ((2 << apart) - 1), left | (1 << apart))
-                    _exchange(bits, indices, left, right, many)
-                tl.debug_barrier()
+        sort_in_memory(bits, indices, many, LOG, PAIRS)
     if scores is not None:
-        scores += batch * scores_batch + row.to(tl.int64) * scores_row
-        best = scores_of(tl.load(bits + e, mask=e < many, other=0), TOP)
-        tl.store(scores + e, tl.where(e < many, best, float("-inf")), mask=e < topk)
+        write_scores(bits, scores + batch * scores_batch + row.to(tl.int64) * scores_row, many, topk, TOP, LOG)
 
 
 @triton.jit(do_not_specialize=["topk", "blocks", "period", "apart", "indices_batch", "indices_row"])

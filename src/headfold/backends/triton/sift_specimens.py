@@ -14,23 +14,22 @@ from headfold.backends.triton.keep import keep_sifted_kernel
 from headfold.backends.triton.launches import constants_of
 from headfold.backends.triton.sampling import pivots_kernel, sample_kernel
 from headfold.backends.triton.score_specimens import DTYPES, POINTERS
-from headfold.backends.triton.select import row_of
 from headfold.backends.triton.sift import KEYS, sift_kernel
 from headfold.backends.triton.sifted import (
-    AGAIN_KEYS,
     AGAIN_REGISTERS,
     CUT,
     ORDER,
     SAMPLED_ROWS,
     again_constants,
     sample_sizes,
+    selecting_row,
     sift_constants,
 )
 from headfold.backends.triton.table import tile
 from headfold.sift_tiles import FITTING, STRIDE
 
 # Heads and widths of calls, and keys.
-SHAPES = ((32, 128), (64, 128), (128, 128), (32, 64), (64, 64), (128, 64))
+SHAPES = ((32, 128), (64, 128), (32, 64), (64, 64))
 LENGTHS = (32768, 131072, 1 << 19)
 # Numbers by whose values nothing is specialised.
 ODD = ("sq", "sk", "rows", "topk", "capacity", "offset", "room", "scores_row", "line_row", "lists_row")
@@ -50,8 +49,8 @@ def specimens(arch: str) -> Iterator[Specimen]:
             label, assembly = f"{dtype} h={h} d={d}", arch.startswith("sm_")
             more = {"UNIFORM": True, "ASSEMBLY": assembly}
             yield _specimen(f"sift {label}", sift_kernel, dtype, {**sift_constants(shared), **more}, matrix=True)
-            if (h, d) == SHAPES[0] or h == 128:
-                constants = again_constants(shared, row_of(arch, AGAIN_KEYS))
+            if d == 128:
+                constants = again_constants(shared, selecting_row(arch, row.warps), 2048)
                 again = _specimen(f"select again {label}", again_kernel, dtype, constants, matrix=True)
                 yield replace(again, registers=AGAIN_REGISTERS)
     for results in (True, False):
@@ -68,8 +67,8 @@ def _specimen(label: str, kernel: Any, dtype: str, constants: dict[str, Any], *,
     constants = {**dict.fromkeys(("q_channel", "weights_head", "k_channel"), 1), **constants}
     warps, stages = constants["num_warps"], constants.get("num_stages", 1)
     constants = {name: x for name, x in constants.items() if name in kernel.arg_names}
-    types = dict.fromkeys(("counts", "pivots", "count", "later", "indices"), "*i32:16")
-    types |= dict.fromkeys(("scores", "lines", "results"), POINTERS["float32"])
+    types = dict.fromkeys(("counts", "pivots", "count", "indices"), "*i32:16")
+    types |= dict.fromkeys(("scores", "lines", "bits", "results"), POINTERS["float32"])
     types |= dict.fromkeys(("q", "weights", "k", "out"), POINTERS[dtype])
     types |= {"entries": "*i16:16", "found": "*i64:16", "scale": "fp64", **dict.fromkeys((*ODD, *ROWS), "i32")}
     if kernel is sample_kernel:

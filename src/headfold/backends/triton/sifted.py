@@ -15,7 +15,7 @@ from headfold.backends.triton.order import order_kernel
 from headfold.backends.triton.products import is_near
 from headfold.backends.triton.sampling import pivots_kernel, sample_kernel
 from headfold.backends.triton.scores import fill_scores
-from headfold.backends.triton.select import ORDERS, Row, network, row_of
+from headfold.backends.triton.select import ORDERS, TILES, Row, network, row_of
 from headfold.backends.triton.sift import KEYS, sift_kernel
 from headfold.backends.triton.table import arch_of
 from headfold.sift_tiles import CAPACITY, FITTING, LISTS, ROOM, STRIDE, SiftedSelection
@@ -24,9 +24,8 @@ from headfold.triton_tiles import Kept, cdiv, padded, power_of_two
 ORDER = {"BOTTOM": ORDERS[torch.float32].bottom, "TOP": ORDERS[torch.float32].top}
 # Of programs that cut a row's lists: places that a thread holds, threads, warps.
 CUT = {"HELD": 32, "WIDE": 128, "num_warps": 4}
-# Rows that are selected from again have the sizes of rows of so many keys, in which 256 threads share what is held, and
-# as many registers as those may have: left to the compiler, some chips' get half of them, and spill.
-AGAIN_KEYS, AGAIN_REGISTERS = 65536, 240
+# Registers of a thread of programs that select again: left to the compiler, some chips' get half of them, and spill.
+AGAIN_REGISTERS = 255
 SAMPLED_ROWS = 16
 
 
@@ -40,11 +39,11 @@ class Lists:
         self.plan = plan
         self.memory = torch.empty(plan.lists_bytes, dtype=torch.uint8, device=device)
         self.counts, self.pivots = numbers(plan.rows * LISTS), numbers(plan.pivots * 4)
-        self.count, self.later = numbers(plan.rows), numbers(plan.rows)
+        self.count = numbers(plan.pivots)
 
     def tensors(self) -> tuple[Tensor, ...]:
         """Return every buffer."""
-        return self.memory, self.counts, self.pivots, self.count, self.later
+        return self.memory, self.counts, self.pivots, self.count
 
     def numbers(self, begin: int, count: int, dtype: torch.dtype) -> Tensor:
         """View so many numbers of the memory from a byte on."""
@@ -77,12 +76,12 @@ def fold(indices: Tensor, scores: Tensor | None, call: Slab, lists: Lists) -> No
             one = call._replace(q=q, weights=weights, k=k)
             for first in range(0, sq, plan.pivots):
                 last = min(sq, first + plan.pivots)
-                _find_pivots(one.rows(first, last), lists)
-                for row in range(first, last, plan.rows):
-                    end = min(last, row + plan.rows)
-                    beside = None if scores is None else scores[batch, row:end]
-                    group = Group(indices[batch, row:end], beside, one.rows(row, end), lists)
-                    group.select(lists.pivots[4 * (row - first) :])
+                some = one.rows(first, last)
+                results = indices[batch, first:last], None if scores is None else scores[batch, first:last]
+                _find_pivots(some, lists)
+                for row in range(0, last - first, plan.rows):
+                    _select(*results, some, lists, row)
+                _select_again(*results, some, lists)
 
 
 def _limit(call: Slab) -> int:
@@ -134,75 +133,65 @@ def sample_sizes(count: int) -> dict[str, int]:
     return {"SAMPLE": sample, "WIDE": 32 * warps, "num_warps": warps}
 
 
-class Group:
-    """Rows that are selected from at a time: where their results [rows, topk] are written, and what they see."""
+def _select(indices: Tensor, results: Tensor | None, call: Slab, lists: Lists, first: int) -> None:
+    """Write the best keys of a group of rows from `first` on, whose pivots are found, unless their samples were wrong.
 
-    def __init__(self, indices: Tensor, results: Tensor | None, call: Slab, lists: Lists) -> None:
-        self.indices, self.results, self.call, self.lists = indices, results, call, lists
-        self.plan, self.rows, self.sk = lists.plan, call.q.shape[1], call.k.shape[1]
-        self.scores = lists.numbers(0, self.plan.places, torch.float32)
-        # What waits to be sorted lies where the lists' scores did: the best of a row in that row's memory.
-        self.beside, self.apart = results, 0 if results is None else results.stride(0)
-        if self.plan.in_order:
-            self.beside, self.apart = self.scores, ROOM * LISTS
+    indices, results: of all rows of the call, [rows, topk].
+    """
+    plan, sk = lists.plan, call.k.shape[1]
+    end = min(call.q.shape[1], first + plan.rows)
+    rows, group = end - first, call.rows(first, end)
+    indices, results = indices[first:end], None if results is None else results[first:end]
+    scores = lists.numbers(0, plan.places, torch.float32)
+    entries = lists.numbers(4 * plan.places, plan.places, torch.int16)
+    tables, count = (scores, entries, lists.counts, lists.pivots[4 * first :]), lists.count[first:]
 
-    def select(self, pivots: Tensor) -> None:
-        """Write the best keys of every row, given their pivots."""
-        lists = self.lists
-        tables = self.scores, lists.numbers(4 * self.plan.places, self.plan.places, torch.int16), lists.counts, pivots
-        self._sift(tables)
-        self._keep(tables)
-        self._sort(self.beside, self.apart, lists.count)
-        waiting, apart = self.beside, self.apart
-        if self.plan.in_order:
-            waiting, apart = lists.numbers(0, self.rows * self.plan.topk, torch.float32), self.plan.topk
-        self._again(waiting, apart)
-        self._sort(waiting, apart, lists.later)
+    constants = sift_constants(call.constants(call.row("scores"), relu=True))
+    assembly = call.q.is_cuda and torch.version.hip is None
+    arguments = *tables, *_tensors(group), rows, sk, group.offset or 0, ROOM, call.scale, *_strides(group)
+    grid = (cdiv(rows, constants["ROWS"]),)
+    launch(sift_kernel, grid, *arguments, UNIFORM=True, ASSEMBLY=assembly, **constants)
 
-    def _sift(self, tables: tuple[Tensor, ...]) -> None:
-        row = self.call.row("scores")
-        constants = sift_constants(self.call.constants(row, relu=True))
-        assembly = self.call.q.is_cuda and torch.version.hip is None
-        grid, sizes = (cdiv(self.rows, constants["ROWS"]),), (self.rows, self.sk, self.call.offset or 0, ROOM)
-        arguments = *tables, *self._tensors, *sizes, self.call.scale, *self._strides
-        launch(sift_kernel, grid, *arguments, UNIFORM=True, ASSEMBLY=assembly, **constants)
+    # What waits to be sorted lies where the lists' scores did: the best of a row in that row's memory.
+    waiting, apart = (scores, ROOM * LISTS) if plan.in_order else (results, _row_of(results))
+    sizes = sk, plan.topk, ROOM, ROOM * LISTS, indices.stride(0), apart
+    launch(keep_sifted_kernel, (rows,), *tables, count, indices, waiting, *sizes, **ORDER, **CUT)
+    if plan.in_order:
+        warps = row_of(arch_of(indices.device), 1).order_warps
+        strides = apart, 0, indices.stride(0), 0, _row_of(results)
+        arguments = scores.view(torch.int32), count, indices, results, plan.topk, *strides
+        launch(order_kernel, (rows, 1, 1), *arguments, **sort_constants(plan.topk, warps))
 
-    def _keep(self, tables: tuple[Tensor, ...]) -> None:
-        results = self.lists.count, self.indices, self.beside
-        sizes = self.sk, self.plan.topk, ROOM, ROOM * LISTS, self.indices.stride(0), self.apart
-        launch(keep_sifted_kernel, (self.rows,), *tables, *results, *sizes, **ORDER, **CUT)
 
-    def _again(self, waiting: Tensor | None, apart: int) -> None:
-        plan, lists, width = self.plan, self.lists, padded(self.sk)
-        begin, programs = plan.waiting_bytes, plan.programs
-        lines = lists.numbers(begin, programs * width, torch.float32)
-        found = lists.numbers(begin + 4 * programs * width, programs * CAPACITY, torch.int64)
-        results = lists.count, lists.later, lines, found, self.indices, waiting
-        sizes = self.rows, self.sk, plan.topk, CAPACITY, self.call.offset or 0
-        strides = width, self.indices.stride(0), apart, *self._strides
-        constants = self.call.constants(self.call.row("scores"), relu=True)
-        more = again_constants(constants, row_of(arch_of(self.indices.device), AGAIN_KEYS))
-        more |= {"maxnreg": AGAIN_REGISTERS} if torch.version.hip is None else {}
-        launch(again_kernel, (programs,), *results, *self._tensors, *sizes, self.call.scale, *strides, **more)
+def _select_again(indices: Tensor, results: Tensor | None, call: Slab, lists: Lists) -> None:
+    """Write the best keys of all rows whose samples were wrong."""
+    plan, (_, sk, _), width = lists.plan, call.k.shape, padded(call.k.shape[1])
+    programs = plan.programs
+    lines = lists.numbers(0, programs * width, torch.float32)
+    found = lists.numbers(4 * programs * width, programs * CAPACITY, torch.int64)
+    begin = 4 * programs * width + 8 * programs * CAPACITY
+    bits = lists.numbers(begin, programs * plan.topk, torch.float32) if plan.in_order else None
+    sizes = call.q.shape[1], sk, plan.topk, CAPACITY, call.offset or 0
+    strides = width, indices.stride(0), _row_of(results), *_strides(call)
+    row = call.row("scores")
+    few = selecting_row(arch_of(indices.device), row.warps)
+    more = again_constants(call.constants(row, relu=True), few, plan.topk)
+    more |= {"maxnreg": AGAIN_REGISTERS} if torch.version.hip is None else {}
+    arguments = lists.count, lines, found, bits, indices, results, *_tensors(call), *sizes, call.scale, *strides
+    launch(again_kernel, (programs,), *arguments, **more)
 
-    def _sort(self, bits: Tensor | None, apart: int, count: Tensor) -> None:
-        """Put rows in order that have any keys, if they are to be, and write their scores."""
-        if not self.plan.in_order or bits is None:
-            return
-        topk, warps = self.plan.topk, row_of(arch_of(bits.device), 1).order_warps
-        sizes = network(Kept(1, 0, topk, topk, 4).block, warps)
-        strides = 0, self.indices.stride(0), 0, 0 if self.results is None else self.results.stride(0)
-        results = bits.view(torch.int32), count, self.indices, self.results, topk, apart
-        launch(order_kernel, (self.rows, 1, 1), *results, *strides, TOP=ORDER["TOP"], num_warps=warps, **sizes)
 
-    @property
-    def _tensors(self) -> tuple[Tensor | None, ...]:
-        return self.call.q, self.call.weights, self.call.k
+def _row_of(x: Tensor | None) -> int:
+    return 0 if x is None else x.stride(0)
 
-    @property
-    def _strides(self) -> tuple[int, ...]:
-        weights = (0, 0) if self.call.weights is None else self.call.weights.stride()[1:]
-        return *self.call.q.stride()[1:], *weights, *self.call.k.stride()[1:]
+
+def _tensors(call: Slab) -> tuple[Tensor | None, ...]:
+    return call.q, call.weights, call.k
+
+
+def _strides(call: Slab) -> tuple[int, ...]:
+    weights = (0, 0) if call.weights is None else call.weights.stride()[1:]
+    return *call.q.stride()[1:], *weights, *call.k.stride()[1:]
 
 
 def sift_constants(shared: dict[str, Any]) -> dict[str, Any]:
@@ -210,8 +199,21 @@ def sift_constants(shared: dict[str, Any]) -> dict[str, Any]:
     return {name: x for name, x in shared.items() if name not in ("RELU", "KEYS", "FIRST", "SECOND")}
 
 
-def again_constants(shared: dict[str, Any], row: Row) -> dict[str, Any]:
+def selecting_row(arch: str, warps: int) -> Row:
+    """Return the sizes of selecting programs that have so many warps."""
+    rows = [row for row in TILES if row.arch in (arch, "*") and row.sk > FITTING]
+    return next((row for row in rows if row.warps == warps), rows[0])
+
+
+def sort_constants(topk: int, warps: int) -> dict[str, Any]:
+    """Return the constants of `order_kernel` for rows of so many keys."""
+    return {"TOP": ORDER["TOP"], **network(Kept(1, 0, topk, topk, 4).block, warps), "num_warps": warps}
+
+
+def again_constants(shared: dict[str, Any], row: Row, topk: int) -> dict[str, Any]:
     """Return the constants of `again_kernel`, given those that the score kernels share, and sizes of selecting ones."""
-    left = "RELU", "ROWS", "FIRST", "SECOND", "num_warps", "maxnreg"
-    sizes = {"SAMPLE": row.sample, "DEEP": row.deep, "HELD": row.held, "WIDE": 32 * row.warps, "num_warps": row.warps}
-    return {**{name: x for name, x in shared.items() if name not in left}, **ORDER, **sizes}
+    left = "RELU", "FIRST", "SECOND", "maxnreg"
+    sizes = {"SAMPLE": row.sample, "DEEP": row.deep, "HELD": row.held, "WIDE": 32 * row.warps}
+    kept = {name: x for name, x in shared.items() if name not in left}
+    sorting = {name: x for name, x in sort_constants(topk, row.warps).items() if name != "LANES"}
+    return {**kept, **ORDER, **sizes, **sorting}
