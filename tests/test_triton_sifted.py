@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,7 +17,7 @@ from headfold.tiles import DEFAULT_WORKSPACE, MIB
 from on_device import DEVICE, Case, there
 
 pytest.importorskip("triton", reason="Triton is not installed")
-from headfold.backends.triton import sampling, sifted
+from headfold.backends.triton import sampling, sifted, table
 from headfold.backends.triton import topk as topk_kernels
 from headfold.backends.triton.launches import Slab
 
@@ -234,3 +235,28 @@ def test_the_default_workspace_holds_lists_samples_and_what_is_selected_again(sk
         assert SiftedSelection.of(32768, sk, heads, d, 2048, DEFAULT_WORKSPACE) is None
     assert SiftedSelection.of(32768, sk, h, 96, 2048, DEFAULT_WORKSPACE) is None
     assert SiftedSelection.of(32768, sk, h, d, 2048, 10 * MIB) is None
+
+
+def test_a_call_of_full_size_launches_what_its_page_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    launched: list[str] = []
+    monkeypatch.setattr(sifted, "launch", lambda kernel, *_, **__: launched.append(kernel.fn.__name__))
+    monkeypatch.setattr(sifted, "fill_scores", lambda *_: launched.append("fill"))
+    monkeypatch.setattr(sifted, "arch_of", lambda _: "sm_90")
+    row = table.tile("scores", "sm_90", torch.bfloat16, 128, 32)
+    monkeypatch.setattr(Slab, "row", lambda *_: row)
+    monkeypatch.setattr(topk_kernels, "replay", lambda run, *_: run())
+    meta: dict[str, Any] = {"device": "meta", "dtype": torch.bfloat16}
+    q, k = torch.empty(1, 32768, 32, 128, **meta), torch.empty(1, 32768, 128, **meta)
+    call = (q, None, k, None, None, None, 0, 1, True, 1.0, 2048, False, torch.int32, DEFAULT_WORKSPACE)
+    topk_kernels.index_topk(*call)
+    ordered = len(launched)
+    assert launched.count("sift_kernel") == launched.count("keep_sifted_kernel") == launched.count("order_kernel") == 21
+    assert launched.count("again_kernel") == 3
+    launched.clear()
+    topk_kernels.index_topk(*call, False)
+    said = " ".join((Path(__file__).parents[1] / "docs" / "kernels_selection.md").read_text().split())
+    assert f"of 32768 positions is {ordered} launches, {len(launched)} where no order is asked for" in said
+    plan = SiftedSelection.of(32768, 32768, 32, 128, 2048, DEFAULT_WORKSPACE)
+    assert plan is not None
+    assert f"{plan.rows} of 32 heads" in said
+    assert f"the lists of a group take {plan.lists_bytes / MIB:.1f} MiB" in said

@@ -579,7 +579,7 @@ def test_a_call_of_full_size_launches_what_its_page_says(monkeypatch: pytest.Mon
     said = " ".join(said.split())
     count = launched.count
     assert count("fill_scores") == count("keep")
-    assert f"the slabs are {count('keep')} launches of two kernels and {count('finish')} of the third" in said
+    assert f"of a range that tensors hold are {count('keep')} launches of two kernels and {count('finish')} of the third" in said
     plan = kernels.selection_plan(q, k, True, 2048, DEFAULT_WORKSPACE)
     free = kernels.selection_plan(q, k, True, 2048, DEFAULT_WORKSPACE, False)
     room, lines = (plan.kept.room * plan.kept.room_bytes, plan.kept.rows * plan.kept.line_bytes)
