@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from headfold.triton_tiles import cdiv, padded, power_of_two
 
 # Lists of a row, and places of each. A list is of as many keys as are wanted of a sample of one key in STRIDE, which is
-# as many as there are lists: of 2048 in 32768 keys those are 64 and 4.2 deviations, about 100 and up to 150 of them.
+# as many as there are lists: of 2048 in 32768 keys those are 64 and 4.8 deviations, 105 to 110, give or take 15.
 LISTS, STRIDE, ROOM = 32, 32, 192
 # Keys of a row that is listed whole.
 FITTING = 4096
@@ -21,7 +21,7 @@ _MOST = 2048
 _ABREAST = {64: {32: 1584, 64: 792}, 128: {32: 1584, 64: 1056}}
 # Programs that wait while others have a row to score are idle: so many of 100 rows have to be there for.
 _USED = 80
-# Keys of the shortest rows, and of the longest: a program holds a sample of those.
+# Keys of the shortest rows, and of the longest: a program holds a sample of those, and 16 bits the number of a tile.
 _SHORTEST, _LONGEST = 6 * FITTING, 1 << 19
 # Rows whose pivots are looked for at a time.
 _PIVOTS = 16384

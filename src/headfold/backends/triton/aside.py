@@ -17,7 +17,7 @@ from headfold.backends.triton.orders import (
     put,
     scores_of,
 )
-from headfold.backends.triton.pivots import count_above, narrowed, pivots
+from headfold.backends.triton.pivots import count_above, count_true, narrowed, pivots
 
 # Deviations of the sample's count that the pivots lie from the cut, where there is room for what lies between; a wrong
 # sample costs time only.
@@ -35,8 +35,7 @@ ADDED = tl.constexpr(1e30)
 def _near(order, a, b, more, fewer, least, slack, TOP: tl.constexpr):
     """Return (a, b, more, fewer): at least `least` of a sample are above a, which `more` are, and fewer above b.
 
-    As they are given, but nearer: at most `slack` more than that are above a, unless b is its neighbour. Where what is
-    given is not so, for a sample's NaN or -inf, what is returned may not be either.
+    As they are given, but nearer: at most `slack` more than that are above a, unless b is its neighbour.
     """
     steps = tl.zeros((), tl.int32)
     while (a + 1 < b) & (more > least + slack):
@@ -71,6 +70,7 @@ def pivots_of(x, count, wanted, apart, BOTTOM: tl.constexpr, TOP: tl.constexpr):
     """Return two orders between which a sample's score that `wanted` are above lies, with `apart` more and fewer above.
 
     x: of a sample of `count` scores, -inf in places that are not of it.   wanted, apart: numbers of them, not rounded.
+    Scores of -inf are not looked among: where too few others are in the sample, the lower one is BOTTOM.
     Both are looked for from three guesses on, as scores that sum over many heads are nearly normal. Neither is past the
     order of an infinity, as what is above is told by comparing floats.
 
@@ -81,7 +81,8 @@ def pivots_of(x, count, wanted, apart, BOTTOM: tl.constexpr, TOP: tl.constexpr):
     slack, slack_upper = least // SLACK, most // SLACK_UPPER
     infinite: tl.constexpr = -BOTTOM - 1
     lowest = tl.min(tl.min(tl.where(order > BOTTOM, order, TOP), axis=1), axis=0)
-    a = tl.minimum(lowest - 1, infinite)
+    real = count_true(order > BOTTOM)
+    a = tl.minimum(lowest - 1, infinite - 1)
     b = tl.minimum(tl.max(tl.max(order, axis=1), axis=0), infinite)
     mean = tl.sum(tl.sum(tl.where(tl.abs(x) < ADDED, x, 0.0), axis=1), axis=0) / count
     deviation = (tl.minimum(scores_of(b, TOP), ADDED) - tl.maximum(scores_of(a, TOP), -ADDED)) / RANGE
@@ -91,16 +92,14 @@ def pivots_of(x, count, wanted, apart, BOTTOM: tl.constexpr, TOP: tl.constexpr):
     over, over_middle, over_upper = count_above(order, lower, middle, upper)
     none = tl.zeros((), tl.int32)
     pivot, beyond, more, fewer = tl.full((), BOTTOM, order.dtype), tl.full((), BOTTOM, order.dtype), count, none
-    if least <= count:
-        below, above, some, few = narrowed(
-            a, b, count, none, least, lower, middle, upper, over, over_middle, over_upper
-        )
+    if least <= real:
+        below, above, some, few = narrowed(a, b, real, none, least, lower, middle, upper, over, over_middle, over_upper)
         pivot, beyond, more, fewer = _near(order, below, above, some, few, least, slack, TOP)
     pivot_upper = b
-    if most > 0:
+    if (most > 0) & (most <= real):
         wanted_upper = most - slack_upper
         below, above, some, few = narrowed(
-            a, b, count, none, wanted_upper, lower, middle, upper, over, over_middle, over_upper
+            a, b, real, none, wanted_upper, lower, middle, upper, over, over_middle, over_upper
         )
         below, above, some, few = _near(order, below, above, some, few, wanted_upper, slack_upper, TOP)
         pivot_upper = tl.where(some <= most, below, above)

@@ -25,7 +25,7 @@ DEVIATIONS = tl.constexpr(4.8)
 @triton.jit
 def sampled_key(i):
     """Return the key of place i of a sample, as int32: multiplicative hashing says which of its STRIDE keys."""
-    return i * STRIDE + (((i.to(tl.uint32) * 2654435761) >> 27) % STRIDE).to(tl.int32)
+    return i * STRIDE + (((i.to(tl.uint32) * 2654435761) >> 16) % STRIDE).to(tl.int32)
 
 
 @triton.jit(do_not_specialize=["count"])

@@ -15,9 +15,9 @@ from headfold.backends.triton.forward import tile_scores
 from headfold.backends.triton.products import load_rows, load_tile, tile_places
 from headfold.backends.triton.visible import row_bounds, seen_by_all, seen_by_any
 
-# Lists of a row, keys of a tile that go to each, and so keys of a tile.
-LISTS, MEMBERS = tl.constexpr(sift_tiles.LISTS), tl.constexpr(2)
-KEYS = tl.constexpr(64)
+# Lists of a row, keys of a tile, and those of them that go to each list: two, which `_sifted` tells apart.
+LISTS, KEYS = tl.constexpr(sift_tiles.LISTS), tl.constexpr(64)
+MEMBERS = tl.constexpr(64 // sift_tiles.LISTS)
 # Lanes along the keys of a product: those of one warp lie in groups of so many, one group for each member.
 LANES = tl.constexpr(8)
 
@@ -76,6 +76,7 @@ def _sifted(
 
     The pivot is `below` before the key `until`, and `above` from then on.
     """
+    tl.static_assert(MEMBERS == 2)
     pivot = tl.where(key < until, below, above)
     x = tl.reshape(x, (LISTS // LANES, MEMBERS, LANES, ROWS))
     one, other = tl.split(tl.permute(x, (0, 2, 3, 1)))

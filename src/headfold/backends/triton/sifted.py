@@ -62,7 +62,9 @@ def sifted_plan(call: Slab, topk: int, workspace: int, in_order: bool) -> Sifted
     if plan is None:
         return None
     row = call.row("scores")
-    return plan if row.keys == KEYS and h <= row.rows and is_near(call.k, row.keys) else None
+    # A tile's rows behind the last one of a group are scored and may be listed: there is memory for whole tiles.
+    fits = h <= row.rows and plan.rows % (row.rows // power_of_two(h)) == 0
+    return plan if fits and row.keys == KEYS and is_near(call.k, row.keys) else None
 
 
 def fold(indices: Tensor, scores: Tensor | None, call: Slab, lists: Lists) -> None:
