@@ -151,7 +151,7 @@ def test_rows_whose_sample_was_wrong_are_selected_from_again(
     wrong: str, watch: Watch, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if wrong == "short":
-        room(monkeypatch, 2)
+        room(monkeypatch, 5)
     else:
         monkeypatch.setattr(sampling, "DEVIATIONS", tl.constexpr(-1.5))
     check(*inputs(b=2), causal=True)
