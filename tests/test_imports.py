@@ -15,7 +15,7 @@ ROOT = Path(headfold.__file__).parent
 FLOORS = [
     ["tiles", "bills", "flops", "score_tiles"],
     ["layout", "keyrange", "loss_tiles", "attention_tiles", "dense_bills", "scatter_tiles", "triton_tiles"],
-    ["loss_slabs"],
+    ["loss_slabs", "sift_tiles"],
     ["geometry"],
     ["contract", "presets", "parallel"],
     ["attention_contract"],
