@@ -8,7 +8,7 @@ from headfold.triton_tiles import cdiv, padded, power_of_two
 
 # Lists of a row, and places of each. A list is of as many keys as are wanted of a sample of one key in STRIDE, which is
 # as many as there are lists: of 2048 in 32768 keys those are 64 and 4.8 deviations, 105 to 110, give or take 15.
-LISTS, STRIDE, ROOM = 32, 32, 192
+LISTS, STRIDE, ROOM, DEVIATIONS = 32, 32, 192, 4.8
 # Keys of a row that is listed whole.
 FITTING = 4096
 # Bytes of a place: a score, and its key's number in its list.

@@ -73,7 +73,7 @@ def selection_parity(
         f"Tensors: {problem.source}; at most {ROWS} rows and {KEYS} keys of them, topk at most half of the keys; "
         f"for the bits {REPEATED_ROWS} and {REPEATED_KEYS}, topk at most an eighth.",
         f"Long rows, on a GPU: {SIZES}, topk {TOPK}, of a causal bound; in the last {CROWDED} rows the best keys are "
-        "so spaced that a sample finds too few places for them, and they are selected from again.",
+        "so spaced that one list gets them all and is too short, and these rows are selected from again.",
     ]
     return lane
 

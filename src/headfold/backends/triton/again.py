@@ -13,6 +13,7 @@ from headfold.backends.triton.keep import best, clear
 from headfold.backends.triton.order import sort_in_memory, write_scores
 from headfold.backends.triton.orders import ordered
 from headfold.backends.triton.products import load_rows
+from headfold.backends.triton.sift import tile_queries
 from headfold.backends.triton.visible import row_bounds
 
 
@@ -73,8 +74,6 @@ def again_kernel(
     found += tl.program_id(0).to(tl.int64) * capacity
     if bits is not None:
         bits += tl.program_id(0).to(tl.int64) * topk
-    each = tl.arange(0, ROWS * HEADS)
-    head = each % HEADS
     for row in range(tl.program_id(0), rows, tl.num_programs(0)):
         if tl.load(count + row) < 0:
             one = row + tl.arange(0, 1)
@@ -82,38 +81,19 @@ def again_kernel(
             high = tl.max(highs, axis=0)
             wide_row = tl.cast(row, tl.int64)
             # Rows are scored as `sift_kernel` and `score_slab` do, to the same bits: with those of their tile.
-            query_row = (row // ROWS * ROWS + each // HEADS).to(tl.int64)
-            real = (query_row < rows) & (head < H)
             mine = tl.arange(0, ROWS) == row % ROWS
-            places = q + query_row * q_row + head.to(tl.int64) * q_head
-            queries = tl.trans(load_rows(places, real, q_channel, 0, D, D))
-            if weights is not None:
-                at = weights + query_row * weights_row + head.to(tl.int64) * weights_head
-                factor = tl.load(at, mask=real, other=0.0).to(ACC)
-            else:
-                factor = real.to(ACC)
+            queries, factor, head = tile_queries(
+                q, weights, row // ROWS * ROWS, rows, q_row, q_head, q_channel, weights_row, weights_head,
+                H, D, HEADS, ROWS, ACC,
+            )  # fmt: skip
             for key in tl.range(0, high, KEYS, num_stages=STAGES):
                 t = key + tl.arange(0, KEYS)
                 there = k + t.to(tl.int64) * k_row
                 some = load_rows(there, t < sk, k_channel, 0, D, D)
                 x = tile_scores(
-                    some,
-                    some,
-                    queries,
-                    queries,
-                    factor,
-                    head,
-                    scale,
-                    True,
-                    H,
-                    HEADS,
-                    0,
-                    ROWS,
-                    KEYS,
-                    PRECISION,
-                    ACC,
+                    some, some, queries, queries, factor, head, scale, True, H, HEADS, 0, ROWS, KEYS, PRECISION, ACC,
                     UPCAST,
-                )
+                )  # fmt: skip
                 at_keys = tl.broadcast_to((lines + t)[:, None], (KEYS, ROWS))
                 tl.store(at_keys, x, mask=(t < high)[:, None] & mine[None, :])
             tl.debug_barrier()

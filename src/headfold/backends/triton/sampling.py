@@ -9,21 +9,14 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from headfold import sift_tiles
 from headfold.backends.triton.aside import SLACK, pivots_of
 from headfold.backends.triton.orders import between, bits_of, ordered, places, scores_of
 from headfold.backends.triton.pivots import count_true
 from headfold.backends.triton.visible import row_bounds
 
-# Keys of which one is sampled. Lists of a row are as many, so that each lists about as many keys as are wanted of the
-# sample.
-STRIDE = tl.constexpr(sift_tiles.STRIDE)
-# Deviations of the sample's count that the pivots lie from the cut.
-DEVIATIONS = tl.constexpr(4.8)
-
 
 @triton.jit
-def sampled_key(i):
+def sampled_key(i, STRIDE: tl.constexpr):
     """Return the key of place i of a sample, as int32: multiplicative hashing says which of its STRIDE keys."""
     return i * STRIDE + (((i.to(tl.uint32) * 2654435761) >> 16) % STRIDE).to(tl.int32)
 
@@ -31,13 +24,13 @@ def sampled_key(i):
 @triton.jit(do_not_specialize=["count"])
 def sample_kernel(
     out, k, count, out_row, k_row, k_channel,
-    D: tl.constexpr, WIDTH: tl.constexpr, STEP: tl.constexpr,
+    D: tl.constexpr, WIDTH: tl.constexpr, STEP: tl.constexpr, STRIDE: tl.constexpr,
 ):  # fmt: skip
     """Write the sampled keys [count, D] of k [sk, D]."""
     i = tl.program_id(0) * STEP + tl.arange(0, STEP)
     channel = tl.arange(0, WIDTH)
     mask = (i < count)[:, None] & (channel < D)[None, :]
-    from_ = k + sampled_key(i).to(tl.int64)[:, None] * k_row + channel.to(tl.int64)[None, :] * k_channel
+    from_ = k + sampled_key(i, STRIDE).to(tl.int64)[:, None] * k_row + channel.to(tl.int64)[None, :] * k_channel
     tl.store(out + i[:, None] * out_row + channel[None, :], tl.load(from_, mask=mask), mask=mask)
 
 
@@ -45,11 +38,12 @@ def sample_kernel(
 def pivots_kernel(
     scores, pivots, sk, topk, offset, scores_row,
     RATIO: tl.constexpr, HAS_OFFSET: tl.constexpr, BOTTOM: tl.constexpr, TOP: tl.constexpr, FITTING: tl.constexpr,
-    SAMPLE: tl.constexpr, WIDE: tl.constexpr,
+    STRIDE: tl.constexpr, DEVIATIONS: tl.constexpr, SAMPLE: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """Write of each row what is to be listed of it, and an order that probably at most topk keys are above.
 
     scores: of its sample, float32 [rows, at most SAMPLE].   FITTING: keys of a row that is listed whole.
+    DEVIATIONS: of the sample's count, that the pivots lie from the cut.
     pivots: int32 [rows, 4]. The first is the bits of a float: keys that score above it are listed, up to the key that
     is the third, and from then on those above the float of the second. The fourth is the order.
     """
@@ -61,7 +55,7 @@ def pivots_kernel(
     upper, until = tl.full((), TOP, tl.int32), tl.zeros((), tl.int32)
     if n > FITTING:
         i = places(0, SAMPLE // WIDE, WIDE)
-        key = sampled_key(i)
+        key = sampled_key(i, STRIDE)
         seen = (key < n) & (i < sk // STRIDE)
         x = tl.load(scores + row.to(tl.int64) * scores_row + i, mask=seen, other=float("-inf"))
         count = tl.maximum(count_true(seen), 1)

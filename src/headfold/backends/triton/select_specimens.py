@@ -19,21 +19,8 @@ POINTERS = {torch.float32: "*fp32:16", torch.float64: "*fp64:16"}
 WIDTHS = (512, 2048, 4096)
 # Arguments by whose values nothing is specialised, and strides that are not a multiple of 16.
 ODD = (
-    *(
-        "sk",
-        "topk",
-        "capacity",
-        "at_once",
-        "first_line",
-        "offset",
-        "blocks",
-        "period",
-        "apart",
-        "bits_row",
-        "start_row",
-        "end_row",
-    ),
-    *("scores_batch", "scores_row", "indices_batch", "indices_row", "results_batch", "results_row"),
+    *("sk", "topk", "capacity", "at_once", "first_line", "offset", "blocks", "period", "apart", "start_row", "end_row"),
+    *("scores_batch", "scores_row", "indices_batch", "indices_row", "results_batch", "results_row", "bits_row"),
 )
 
 

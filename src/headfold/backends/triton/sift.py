@@ -86,6 +86,26 @@ def _sifted(
     return _listed(other, entry + 1, pivot, kept, first, room, scores, entries, ASSEMBLY)
 
 
+@triton.jit
+def tile_queries(
+    q, weights, first, rows, q_row, q_head, q_channel, weights_row, weights_head,
+    H: tl.constexpr, D: tl.constexpr, HEADS: tl.constexpr, ROWS: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """Return what `tile_scores` takes of ROWS rows from `first` on: queries [D, ROWS * HEADS], weights, and heads."""
+    each = tl.arange(0, ROWS * HEADS)
+    row = (first + each // HEADS).to(tl.int64)
+    head = each % HEADS
+    real = (row < rows) & (head < H)
+    places = q + row * q_row + head.to(tl.int64) * q_head
+    queries = tl.trans(load_rows(places, real, q_channel, 0, D, D))
+    if weights is not None:
+        at = weights + row * weights_row + head.to(tl.int64) * weights_head
+        factor = tl.load(at, mask=real, other=0.0).to(ACC)
+    else:
+        factor = real.to(ACC)
+    return queries, factor, head
+
+
 @triton.jit(do_not_specialize=["sq", "sk", "offset", "room"])
 def sift_kernel(
     scores,
@@ -137,18 +157,9 @@ def sift_kernel(
     _, whole = seen_by_all(low, high, inside, block * ROWS, sk, None, None, offset, RATIO, HAS_OFFSET, UNIFORM)
     whole = tl.minimum(whole, last) // KEYS * KEYS
 
-    each = tl.arange(0, ROWS * HEADS)
-    query_row = (block * ROWS + each // HEADS).to(tl.int64)
-    head = each % HEADS
-    real = (query_row < sq) & (head < H)
-    places = q + query_row * q_row + head.to(tl.int64) * q_head
-    queries = tl.trans(load_rows(places, real, q_channel, 0, D, D))
-    if weights is not None:
-        at = weights + query_row * weights_row + head.to(tl.int64) * weights_head
-        factor = tl.load(at, mask=real, other=0.0).to(ACC)
-    else:
-        factor = real.to(ACC)
-
+    queries, factor, head = tile_queries(
+        q, weights, block * ROWS, sq, q_row, q_head, q_channel, weights_row, weights_head, H, D, HEADS, ROWS, ACC
+    )
     below = tl.load(pivots + row * 4, mask=inside, other=0).to(tl.float32, bitcast=True)
     above = tl.load(pivots + row * 4 + 1, mask=inside, other=0).to(tl.float32, bitcast=True)
     until = tl.load(pivots + row * 4 + 2, mask=inside, other=0)

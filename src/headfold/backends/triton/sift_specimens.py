@@ -19,14 +19,14 @@ from headfold.backends.triton.sifted import (
     AGAIN_REGISTERS,
     CUT,
     ORDER,
-    SAMPLED_ROWS,
     again_constants,
-    sample_sizes,
+    pivots_constants,
+    sample_constants,
     selecting_row,
     sift_constants,
 )
 from headfold.backends.triton.table import tile
-from headfold.sift_tiles import FITTING, STRIDE
+from headfold.sift_tiles import STRIDE
 
 # Heads and widths of calls, and keys.
 SHAPES = ((32, 128), (64, 128), (32, 64), (64, 64))
@@ -57,10 +57,9 @@ def specimens(arch: str) -> Iterator[Specimen]:
         constants = {**ORDER, **CUT, **({} if results else {"results": None})}
         yield _specimen("keep lists" + ("" if results else " keys alone"), keep_sifted_kernel, "bfloat16", constants)
     for sk in LENGTHS:
-        constants = {**CAUSAL, **ORDER, "FITTING": FITTING, **sample_sizes(sk // STRIDE)}
+        constants = {**CAUSAL, **pivots_constants(sk // STRIDE)}
         yield _specimen(f"pivots sk={sk}", pivots_kernel, "bfloat16", constants)
-    constants = {"D": 128, "WIDTH": 128, "STEP": SAMPLED_ROWS, "num_warps": 4}
-    yield _specimen("sample d=128", sample_kernel, "bfloat16", constants)
+    yield _specimen("sample d=128", sample_kernel, "bfloat16", sample_constants(128))
 
 
 def _specimen(label: str, kernel: Any, dtype: str, constants: dict[str, Any], *, matrix: bool = False) -> Specimen:

@@ -18,7 +18,7 @@ from headfold.backends.triton.scores import fill_scores
 from headfold.backends.triton.select import ORDERS, TILES, Row, network, row_of
 from headfold.backends.triton.sift import KEYS, sift_kernel
 from headfold.backends.triton.table import arch_of
-from headfold.sift_tiles import CAPACITY, FITTING, LISTS, ROOM, STRIDE, SiftedSelection
+from headfold.sift_tiles import CAPACITY, DEVIATIONS, FITTING, LISTS, ROOM, STRIDE, SiftedSelection
 from headfold.triton_tiles import Kept, cdiv, padded, power_of_two
 
 ORDER = {"BOTTOM": ORDERS[torch.float32].bottom, "TOP": ORDERS[torch.float32].top}
@@ -33,13 +33,13 @@ class Lists:
     """Scratch of a plan: memory for samples, lists, and rows that are selected from again, one after the other."""
 
     def __init__(self, plan: SiftedSelection, device: torch.device) -> None:
-        def numbers(count: int) -> Tensor:
+        def integers(count: int) -> Tensor:
             return torch.empty(count, dtype=torch.int32, device=device)
 
         self.plan = plan
         self.memory = torch.empty(plan.lists_bytes, dtype=torch.uint8, device=device)
-        self.counts, self.pivots = numbers(plan.rows * LISTS), numbers(plan.pivots * 4)
-        self.count = numbers(plan.pivots)
+        self.counts, self.pivots = integers(plan.rows * LISTS), integers(plan.pivots * 4)
+        self.count = integers(plan.pivots)
 
     def tensors(self) -> tuple[Tensor, ...]:
         """Return every buffer."""
@@ -99,8 +99,8 @@ def _find_pivots(call: Slab, lists: Lists) -> None:
     keys = lists.numbers(0, count * d, call.k.dtype).view(1, count, d)
     sampled = _limit(call) > FITTING
     if sampled:
-        constants = {"D": d, "WIDTH": power_of_two(d), "STEP": SAMPLED_ROWS, "num_warps": 4}
-        launch(sample_kernel, (cdiv(count, SAMPLED_ROWS),), keys, call.k, count, d, *call.k.stride()[1:], **constants)
+        grid = (cdiv(count, SAMPLED_ROWS),)
+        launch(sample_kernel, grid, keys, call.k, count, d, *call.k.stride()[1:], **sample_constants(d))
     for first in range(0, sq, plan.sample_rows):
         some = call.rows(first, min(sq, first + plan.sample_rows))
         rows = some.q.shape[1]
@@ -122,17 +122,21 @@ def _find_pivots(call: Slab, lists: Lists) -> None:
             apart,
             RATIO=call.ratio,
             HAS_OFFSET=call.offset is not None,
-            FITTING=FITTING,
-            **ORDER,
-            **sample_sizes(count),
+            **pivots_constants(count),
         )
 
 
-def sample_sizes(count: int) -> dict[str, int]:
-    """Return the constants of `pivots_kernel` for a sample of so many keys."""
+def sample_constants(d: int) -> dict[str, int]:
+    """Return the constants of `sample_kernel` for keys of so many channels."""
+    return {"D": d, "WIDTH": power_of_two(d), "STEP": SAMPLED_ROWS, "STRIDE": STRIDE, "num_warps": 4}
+
+
+def pivots_constants(count: int) -> dict[str, Any]:
+    """Return the constants of `pivots_kernel` for a sample of so many keys, beside those of its bound."""
     sample = max(512, power_of_two(count))
     warps = max(4, min(16, sample // 512))
-    return {"SAMPLE": sample, "WIDE": 32 * warps, "num_warps": warps}
+    sizes = {"SAMPLE": sample, "WIDE": 32 * warps, "num_warps": warps}
+    return {"FITTING": FITTING, "STRIDE": STRIDE, "DEVIATIONS": DEVIATIONS, **ORDER, **sizes}
 
 
 def _select(indices: Tensor, results: Tensor | None, call: Slab, lists: Lists, first: int) -> None:
