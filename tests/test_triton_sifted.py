@@ -236,6 +236,8 @@ def test_the_default_workspace_holds_lists_samples_and_what_is_selected_again(sk
     for in_order in (True, False):
         plan = SiftedSelection.of(32768, sk, h, d, 2048, DEFAULT_WORKSPACE, in_order=in_order)
         assert plan is not None
+        buffers = sifted.Lists(plan, torch.device("meta")).tensors()
+        assert sum(x.numel() * x.itemsize for x in buffers) == plan.scratch_bytes
         assert plan.scratch_bytes <= DEFAULT_WORKSPACE - 2 * MIB  # for what the allocator rounds up
         assert plan.pivots % plan.rows == 0
         assert plan.sample_bytes + plan.sample_rows * 4 * plan.sampled <= plan.lists_bytes
