@@ -32,6 +32,8 @@ from headfold.backends.triton.table import rows_of, tile
 
 ARCHS = ["sm_80", "sm_90", "sm_100", "gfx942"]
 SPECIMEN = Specimen("x", None, {}, {}, 4, 2)
+# What `sift_specimens` allows.
+ONCE = 24
 FINE = Compiled(128, 0, 50_000, {"wgmma.mma_async": 8}, 1.0)
 
 
@@ -138,6 +140,24 @@ def test_a_loop_that_may_be_skipped_is_found_where_it_takes_products_one_instruc
         said = compiling_process(SKIPPABLE.format(module=module, skippable=name), PYTHONPATH=str(tmp_path))
         breaches[name] = json.loads(said)
     assert breaches == {"never_empty": [], "to_last": ["waits for each of its matrix instructions before the next"]}
+
+
+ASIDE = """
+import json
+from dataclasses import replace
+from headfold.backends.triton.compiling import compile_specimen
+from headfold.backends.triton.sift_specimens import specimens
+one = next(iter(specimens("sm_90")))
+few = compile_specimen(one, "sm_90"), compile_specimen(replace(one, registers=104, aside=1 << 10), "sm_90")
+print(json.dumps([[x.spilled, x.again, len(x.breaches(replace(one, aside=1 << 10), "sm_90"))] for x in few]))
+"""
+
+
+def test_what_a_loop_puts_aside_in_each_turn_is_told_from_what_is_put_aside_once() -> None:
+    (spilled, again, breaches), (more, always, other) = json.loads(compiling_process(ASIDE))
+    assert spilled <= ONCE
+    assert more > ONCE
+    assert (again, breaches, always, other) == (False, 0, True, 1)
 
 
 def test_programs_a_core_are_bounded_by_registers_and_by_shared_memory() -> None:

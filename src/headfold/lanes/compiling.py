@@ -42,8 +42,9 @@ def compiled(
 ) -> Lane:
     """Compile for architectures, all when none is named.
 
-    A row fails when a kernel does not compile, spills, needs more shared memory than its chip has, has to use the
-    tensor cores and does not, or lets no two instructions of a product overlap.
+    A row fails when a kernel does not compile, spills (more than its specimen allows, which is a few numbers outside of
+    loops with products), needs more shared memory than its chip has, has to use the tensor cores and does not, or lets
+    no two instructions of a product overlap.
 
     Args:
         archs: as the table of tiles names them.

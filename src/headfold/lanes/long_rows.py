@@ -9,8 +9,8 @@ from headfold.keyrange import KeyRange
 from headfold.sift_tiles import LISTS, SiftedSelection
 from headfold.tiles import DEFAULT_WORKSPACE
 
-SIZES = {"sq": 1584, "sk": 32768, "h": 32, "d": 128}
-FEWER = {"sq": 1300, "sk": 24576, "h": 32, "d": 64}
+SIZES = {"sq": 2112, "sk": 32768, "h": 32, "d": 128}
+FEWER = {"sq": 1700, "sk": 24576, "h": 32, "d": 64}
 TOPK = 2048
 # Of so many rows the best keys are all of one list, which has no room for them.
 CROWDED = 12

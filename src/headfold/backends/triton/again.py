@@ -19,6 +19,7 @@ from headfold.backends.triton.visible import row_bounds
 
 @triton.jit(do_not_specialize=["rows", "sk", "topk", "capacity", "offset", "line_row", "indices_row", "results_row"])
 def again_kernel(
+    left,
     count,
     lines,
     found,
@@ -66,10 +67,12 @@ def again_kernel(
 ):
     """Write the best topk of the rows that have fewer than no keys, in order or in none.
 
-    count: int32 [rows], as `keep_sifted_kernel` leaves them.   lines: float32 [programs, line_row], scores of a row.
-    found: int64 [programs, capacity].   bits: float32 [programs, topk], of what is put in order, or None.
-    The rest is as of `sift_kernel` and `keep_kernel`.
+    left: int32 [1], how many those are.   count: int32 [rows], as `select_rows_kernel` leaves them.
+    lines: float32 [programs, line_row], scores of a row.   found: int64 [programs, capacity].
+    bits: float32 [programs, topk], of what is put in order, or None.   The rest is as of `sift` and `keep_kernel`.
     """
+    if tl.load(left) == 0:
+        return
     lines += tl.program_id(0).to(tl.int64) * line_row
     found += tl.program_id(0).to(tl.int64) * capacity
     if bits is not None:
@@ -80,7 +83,7 @@ def again_kernel(
             _, highs = row_bounds(one, one >= 0, sk, None, None, 0, 0, offset, RATIO, HAS_OFFSET)
             high = tl.max(highs, axis=0)
             wide_row = tl.cast(row, tl.int64)
-            # Rows are scored as `sift_kernel` and `score_slab` do, to the same bits: with those of their tile.
+            # Rows are scored as `sift` and `score_slab` do, to the same bits: with those of their tile.
             mine = tl.arange(0, ROWS) == row % ROWS
             queries, factor, head = tile_queries(
                 q, weights, row // ROWS * ROWS, rows, q_row, q_head, q_channel, weights_row, weights_head,

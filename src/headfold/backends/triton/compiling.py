@@ -45,7 +45,7 @@ class Specimen:
     is a multiple of 16, as pointers and most strides are.   constants: arguments by value: tl.constexpr ones, None,
     and strides of 1.   matrix: whether it has to use the tensor cores.   narrow: whether its tiles are too small for
     the chip's first instruction, so that an older one will do.   registers: the most that a thread may take, where that
-    is not left to the compiler.
+    is not left to the compiler.   aside: bytes that it may keep out of them, outside of loops with products.
     """
 
     name: str
@@ -57,6 +57,7 @@ class Specimen:
     matrix: bool = True
     narrow: bool = False
     registers: int | None = None
+    aside: int = 0
 
 
 @dataclass(frozen=True)
@@ -64,6 +65,7 @@ class Compiled:
     """What the compiler made: registers a thread, spilled bytes, shared bytes, and counts of matrix instructions.
 
     serial: whether the assembler lets no two of a product's asynchronous matrix instructions overlap.
+    again: whether a loop with products spills in each of its turns.
     """
 
     registers: int
@@ -72,11 +74,12 @@ class Compiled:
     matrix: dict[str, int]
     seconds: float
     serial: bool = False
+    again: bool = False
 
     def breaches(self, specimen: Specimen, arch: str) -> list[str]:
         """Return what is wrong with it, each in a few words."""
         found = []
-        if self.spilled:
+        if self.spilled > specimen.aside or (self.spilled and self.again):
             found.append(f"spills {self.spilled} bytes")
         if self.shared > SHARED[arch]:
             found.append(f"needs {self.shared} bytes of shared memory, {arch} has {SHARED[arch]}")
@@ -128,13 +131,16 @@ def _inspect(kernel: Any, arch: str, seconds: float) -> Compiled:
     if arch == "gfx942":
         assembly = kernel.asm["amdgcn"]
         registers, spilled = _field(assembly, r"\.vgpr_count"), _field(assembly, r"\.vgpr_spill_count")
-        serial = False
+        serial = again = False
     else:
         assembly = kernel.asm["ptx"]
         registers, spilled = _usage(kernel.asm["cubin"])
-        serial = "wgmma.mma_async" in assembly and _is_serial(assembly, _cuobjdump(kernel.asm["cubin"], "--dump-sass"))
+        asynchronous = "wgmma.mma_async" in assembly
+        sass = _cuobjdump(kernel.asm["cubin"], "--dump-sass") if asynchronous or spilled else ""
+        serial, again = asynchronous and _is_serial(assembly, sass), _spills_again(sass)
     counts = {name: len(re.findall(r"\b" + re.escape(name), assembly)) for name in MATRIX[arch]}
-    return Compiled(registers, spilled, shared, {name: n for name, n in counts.items() if n}, seconds, serial)
+    matrix = {name: n for name, n in counts.items() if n}
+    return Compiled(registers, spilled, shared, matrix, seconds, serial, again)
 
 
 def _is_serial(ptx: str, sass: str) -> bool:
@@ -144,6 +150,18 @@ def _is_serial(ptx: str, sass: str) -> bool:
     """
     asked, products = ptx.count("wgmma.fence"), ptx.count("wgmma.mma_async")
     return sass.count("WARPGROUP.ARRIVE") * products > asked * sass.count("HGMMA")
+
+
+def _spills_again(sass: str) -> bool:
+    """Whether some loop, up to its jump back, both multiplies matrices and has to do with spilled bytes."""
+    code = [(int(at, 16), said) for at, said in re.findall(r"/\*([0-9a-f]{4,})\*/ +([^;]*);", sass)]
+    for at, said in code:
+        back = re.search(r"\bBRA\b.* 0x([0-9a-f]+)", said)
+        if back is not None and int(back[1], 16) < at:
+            loop = "\n".join(said for place, said in code if int(back[1], 16) <= place <= at)
+            if re.search(r"MMA\.", loop) and re.search(r"\b(LDL|STL)\b", loop):
+                return True
+    return False
 
 
 def _field(assembly: str, name: str) -> int:

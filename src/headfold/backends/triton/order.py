@@ -56,6 +56,39 @@ def write_scores(bits, scores, many, topk, TOP: tl.constexpr, LOG: tl.constexpr)
     tl.store(scores + e, tl.where(e < many, best, float("-inf")), mask=e < topk)
 
 
+@triton.jit
+def order_row(
+    bits, many, indices, scores, topk,
+    TOP: tl.constexpr, LOG: tl.constexpr, LANES: tl.constexpr, PAIRS: tl.constexpr,
+):  # fmt: skip
+    """Put the first `many` keys of a row in order, the best first, and write their scores, and -inf behind them.
+
+    There are at most 2 ** LOG.   bits: [topk], of the keys' scores, which become orders and move with them.
+    """
+    e = tl.arange(0, 1 << LOG)
+    place = places_by(ordered(tl.load(bits + e, mask=e < many, other=0), TOP), e < many, LOG, LANES)
+    order = ordered(tl.load(bits + place, mask=e < many, other=0), TOP)
+    tl.debug_barrier()
+    tl.store(bits + e, order, mask=e < many)
+    key = tl.load(indices + place, mask=e < many, other=0)
+    tl.debug_barrier()
+    tl.store(indices + e, key, mask=e < many)
+    tl.debug_barrier()
+    # Neighbours at even places and at odd ones by turns, until none of the one is wrong after those of the other.
+    turns, swaps = tl.zeros((), tl.int32), tl.zeros((), tl.int32)
+    while ((turns < 2) | (swaps > 0)) & (turns < TURNS):
+        swaps = tl.zeros((), tl.int32)
+        for first in range(turns % 2, many - 1, 2 * PAIRS):
+            left = first + 2 * tl.arange(0, PAIRS)
+            swaps += _exchange(bits, indices, left, left + 1, many)
+        turns += 1
+        tl.debug_barrier()
+    if swaps > 0:
+        sort_in_memory(bits, indices, many, LOG, PAIRS)
+    if scores is not None:
+        write_scores(bits, scores, many, topk, TOP, LOG)
+
+
 # Were rows known to be aligned, a thread would take several neighbours, and neighbours would lie on fewer threads.
 @triton.jit(do_not_specialize=["topk", "bits_row", "indices_batch", "indices_row", "scores_batch", "scores_row"])
 def order_kernel(
@@ -78,37 +111,15 @@ def order_kernel(
 
     There are at most 2 ** LOG.
     bits: [lines, topk], bits_row apart, of the keys' scores, which become orders and move with them.
-    count: [lines], how many; a row of fewer than none is left as it is.
+    count: [lines], how many.
     """
     row, batch = tl.program_id(0), tl.program_id(2).to(tl.int64)
     line = batch * tl.num_programs(0) + row
-    many = tl.load(count + line)
-    if many < 0:
-        return
     bits += line * bits_row
     indices += batch * indices_batch + row.to(tl.int64) * indices_row
-    e = tl.arange(0, 1 << LOG)
-    place = places_by(ordered(tl.load(bits + e, mask=e < many, other=0), TOP), e < many, LOG, LANES)
-    order = ordered(tl.load(bits + place, mask=e < many, other=0), TOP)
-    tl.debug_barrier()
-    tl.store(bits + e, order, mask=e < many)
-    key = tl.load(indices + place, mask=e < many, other=0)
-    tl.debug_barrier()
-    tl.store(indices + e, key, mask=e < many)
-    tl.debug_barrier()
-    # Neighbours at even places and at odd ones by turns, until none of the one is wrong after those of the other.
-    turns, swaps = tl.zeros((), tl.int32), tl.zeros((), tl.int32)
-    while ((turns < 2) | (swaps > 0)) & (turns < TURNS):
-        swaps = tl.zeros((), tl.int32)
-        for first in range(turns % 2, many - 1, 2 * PAIRS):
-            left = first + 2 * tl.arange(0, PAIRS)
-            swaps += _exchange(bits, indices, left, left + 1, many)
-        turns += 1
-        tl.debug_barrier()
-    if swaps > 0:
-        sort_in_memory(bits, indices, many, LOG, PAIRS)
     if scores is not None:
-        write_scores(bits, scores + batch * scores_batch + row.to(tl.int64) * scores_row, many, topk, TOP, LOG)
+        scores += batch * scores_batch + row.to(tl.int64) * scores_row
+    order_row(bits, tl.load(count + line), indices, scores, topk, TOP, LOG, LANES, PAIRS)
 
 
 @triton.jit(do_not_specialize=["topk", "blocks", "period", "apart", "indices_batch", "indices_row"])

@@ -36,7 +36,7 @@ def sample_kernel(
 
 @triton.jit(do_not_specialize=["sk", "topk", "offset", "scores_row"])
 def pivots_kernel(
-    scores, pivots, sk, topk, offset, scores_row,
+    scores, pivots, count, sk, topk, offset, scores_row,
     RATIO: tl.constexpr, HAS_OFFSET: tl.constexpr, BOTTOM: tl.constexpr, TOP: tl.constexpr, FITTING: tl.constexpr,
     STRIDE: tl.constexpr, DEVIATIONS: tl.constexpr, SAMPLE: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
@@ -46,6 +46,7 @@ def pivots_kernel(
     DEVIATIONS: of the sample's count, that the pivots lie from the cut.
     pivots: int32 [rows, 4]. The first is the bits of a float: keys that score above it are listed, up to the key that
     is the third, and from then on those above the float of the second. The fourth is the order.
+    count: int32 [rows], less than no keys from now on.
     """
     row = tl.program_id(0)
     rows = row + tl.arange(0, 1)
@@ -58,12 +59,12 @@ def pivots_kernel(
         key = sampled_key(i, STRIDE)
         seen = (key < n) & (i < sk // STRIDE)
         x = tl.load(scores + row.to(tl.int64) * scores_row + i, mask=seen, other=float("-inf"))
-        count = tl.maximum(count_true(seen), 1)
+        of_sample = tl.maximum(count_true(seen), 1)
         share = topk.to(tl.float32) / n.to(tl.float32)
-        wanted = count * share
+        wanted = of_sample * share
         apart = DEVIATIONS * tl.sqrt(wanted * (1 - share)) + 2
         least = tl.ceil(wanted + apart).to(tl.int32)
-        a, b, many, fewer, upper = pivots_of(x, count, wanted, apart, BOTTOM, TOP)
+        a, b, many, fewer, upper = pivots_of(x, of_sample, wanted, apart, BOTTOM, TOP)
         if (many > least + least // SLACK) & (a > BOTTOM):
             order = ordered(bits_of(x), TOP)
             # The one value b is of many keys: the first of them are enough.
@@ -81,6 +82,7 @@ def pivots_kernel(
     tl.store(at + 1, bits_of(_float(b, TOP)))
     tl.store(at + 2, until)
     tl.store(at + 3, upper)
+    tl.store(count + row, -1)
 
 
 @triton.jit

@@ -18,6 +18,8 @@ from headfold.backends.triton.visible import row_bounds, seen_by_all, seen_by_an
 # Lists of a row, keys of a tile, and those of them that go to each list: two, which `_sifted` tells apart.
 LISTS, KEYS = tl.constexpr(sift_tiles.LISTS), tl.constexpr(64)
 MEMBERS = tl.constexpr(64 // sift_tiles.LISTS)
+# The bits of a pivot that nothing but NaN is above.
+INFINITY = tl.constexpr(0x7F800000)
 # Lanes along the keys of a product: those of one warp lie in groups of so many, one group for each member.
 LANES = tl.constexpr(8)
 
@@ -106,49 +108,23 @@ def tile_queries(
     return queries, factor, head
 
 
-@triton.jit(do_not_specialize=["sq", "sk", "offset", "room"])
-def sift_kernel(
-    scores,
-    entries,
-    counts,
-    pivots,
-    q,
-    weights,
-    k,
-    sq,
-    sk,
-    offset,
-    room,
-    scale: tl.float64,
-    q_row,
-    q_head,
-    q_channel,
-    weights_row,
-    weights_head,
-    k_row,
-    k_channel,
-    RATIO: tl.constexpr,
-    HAS_OFFSET: tl.constexpr,
-    H: tl.constexpr,
-    D: tl.constexpr,
-    HEADS: tl.constexpr,
-    ROWS: tl.constexpr,
-    STAGES: tl.constexpr,
-    UNIFORM: tl.constexpr,
-    PRECISION: tl.constexpr,
-    ACC: tl.constexpr,
-    UPCAST: tl.constexpr,
-    ASSEMBLY: tl.constexpr,
-):
-    """List of ROWS rows the keys that score above the pivots of their row.
+@triton.jit
+def sift(
+    scores, entries, counts, pivots, count, q, weights, k, line, block, sq, sk, offset, room, scale,
+    q_row, q_head, q_channel, weights_row, weights_head, k_row, k_channel,
+    RATIO: tl.constexpr, HAS_OFFSET: tl.constexpr, H: tl.constexpr, D: tl.constexpr, HEADS: tl.constexpr,
+    ROWS: tl.constexpr, STAGES: tl.constexpr, UNIFORM: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr,
+    UPCAST: tl.constexpr, ASSEMBLY: tl.constexpr,
+):  # fmt: skip
+    """List of a block of ROWS rows the keys that score above the pivots of their row, of those that are still wanted.
 
-    scores, entries: float32 and int16 [rows, room, LISTS].   counts: int32 [rows, LISTS], how many keys there are for
-    each list, which has the first `room` of them but the last, and the last one.
-    pivots: int32 [rows, 4], as `pivots_kernel` writes them.   ASSEMBLY: for NVIDIA's chips.
-    The rest is as of `score_slab`, of one batch element.
+    scores, entries: float32 and int16 [lines, room, LISTS], written from `line` on.   counts: int32 [lines, LISTS], how
+    many keys there are for each list, which has the first `room` of them but the last, and the last one.
+    pivots: int32 [sq, 4], as `pivots_kernel` writes them.   count: int32 [sq], less than no keys where a row is wanted.
+    ASSEMBLY: for NVIDIA's chips.   The rest is as of `score_slab`, of one batch element.
     """
-    block = tl.num_programs(0) - 1 - tl.program_id(0)
-    row = block * ROWS + tl.arange(0, ROWS)
+    mine = tl.arange(0, ROWS)
+    row = block * ROWS + mine
     inside = row < sq
     low, high = row_bounds(row, inside, sk, None, None, 0, 0, offset, RATIO, HAS_OFFSET)
     _, last = seen_by_any(
@@ -160,17 +136,20 @@ def sift_kernel(
     queries, factor, head = tile_queries(
         q, weights, block * ROWS, sq, q_row, q_head, q_channel, weights_row, weights_head, H, D, HEADS, ROWS, ACC
     )
-    below = tl.load(pivots + row * 4, mask=inside, other=0).to(tl.float32, bitcast=True)
-    above = tl.load(pivots + row * 4 + 1, mask=inside, other=0).to(tl.float32, bitcast=True)
-    until = tl.load(pivots + row * 4 + 2, mask=inside, other=0)
+    wanted = tl.load(count + row, mask=inside, other=0) < 0
+    below = tl.load(pivots + row * 4, mask=wanted, other=INFINITY).to(tl.float32, bitcast=True)
+    above = tl.load(pivots + row * 4 + 1, mask=wanted, other=INFINITY).to(tl.float32, bitcast=True)
+    # One for all rows, though each has its own: it takes a register less of each, and what else is listed is little.
+    until = tl.max(tl.load(pivots + row * 4 + 2, mask=wanted, other=0), axis=0)
     one = tl.arange(0, LISTS)
-    first = (row * room * LISTS)[None, :] + one[:, None]
+    first = ((line + mine) * room * LISTS)[None, :] + one[:, None]
     kept = tl.zeros((LISTS, ROWS), tl.int32)
     step = tl.arange(0, KEYS)
     keys = tile_places(step, k_row, k_channel, 0, D)
+    tile = k
     for key in tl.range(0, whole, KEYS, num_stages=STAGES):
-        tile = k + tl.cast(key, tl.int64) * k_row
         some = load_tile(tile, keys, D, D)
+        tile += KEYS * k_row
         x = tile_scores(
             some, some, queries, queries, factor, head, scale, True, H, HEADS, 0, ROWS, KEYS, PRECISION, ACC, UPCAST
         )
@@ -184,4 +163,4 @@ def sift_kernel(
         )
         x = tl.where(t[:, None] < high[None, :], x, float("-inf"))
         kept = _sifted(x, key, below, above, until, kept, first, room, scores, entries, ROWS, ASSEMBLY)
-    tl.store(counts + row[None, :] * LISTS + one[:, None], kept, mask=inside[None, :])
+    tl.store(counts + (line + mine)[None, :] * LISTS + one[:, None], kept)

@@ -10,20 +10,18 @@ import torch
 
 from headfold.backends.triton.again import again_kernel
 from headfold.backends.triton.compiling import Specimen
-from headfold.backends.triton.keep import keep_sifted_kernel
 from headfold.backends.triton.launches import constants_of
 from headfold.backends.triton.sampling import pivots_kernel, sample_kernel
 from headfold.backends.triton.score_specimens import DTYPES, POINTERS
-from headfold.backends.triton.sift import KEYS, sift_kernel
+from headfold.backends.triton.select_rows import select_rows_kernel
+from headfold.backends.triton.sift import KEYS
 from headfold.backends.triton.sifted import (
     AGAIN_REGISTERS,
-    CUT,
-    ORDER,
     again_constants,
     pivots_constants,
     sample_constants,
+    select_constants,
     selecting_row,
-    sift_constants,
 )
 from headfold.backends.triton.table import tile
 from headfold.sift_tiles import STRIDE
@@ -32,8 +30,10 @@ from headfold.sift_tiles import STRIDE
 SHAPES = ((32, 128), (64, 128), (32, 64), (64, 64))
 LENGTHS = (32768, 131072, 1 << 19)
 # Numbers by whose values nothing is specialised.
-ODD = ("sq", "sk", "rows", "topk", "capacity", "offset", "room", "scores_row", "line_row", "lists_row")
-ROWS = ("indices_row", "results_row")
+ODD = ("sq", "sk", "rows", "topk", "capacity", "offset", "room", "abreast", "ordered")
+ROWS = ("scores_row", "line_row", "lists_row", "indices_row", "results_row")
+# Bytes that a thread keeps out of its registers while a row is sifted: a few numbers, once for all keys.
+ASIDE = 24
 CAUSAL = {"RATIO": 1, "HAS_OFFSET": True}
 
 
@@ -41,21 +41,20 @@ def specimens(arch: str) -> Iterator[Specimen]:
     """Yield the specimens of an architecture; that of h=32, d=128 in bfloat16 comes first."""
     for h, d in SHAPES:
         for dtype in DTYPES["half"]:
-            row = tile("scores", arch, getattr(torch, dtype), d, h)
+            row = tile("sifted_scores", arch, getattr(torch, dtype), d, h)
             if row.keys != KEYS or h > row.rows:
                 continue
             exact = "tf32" if dtype == "float16" else "ieee"
             shared = constants_of(row, *CAUSAL.values(), True, h, d, exact, torch.float32, False)
             label, assembly = f"{dtype} h={h} d={d}", arch.startswith("sm_")
             more = {"UNIFORM": True, "ASSEMBLY": assembly}
-            yield _specimen(f"sift {label}", sift_kernel, dtype, {**sift_constants(shared), **more}, matrix=True)
+            constants = {**select_constants(shared, 2048), **more}
+            rows = _specimen(f"select rows {label}", select_rows_kernel, dtype, constants, matrix=True)
+            yield replace(rows, registers=row.registers, aside=ASIDE if row.registers else 0)
             if d == 128:
                 constants = again_constants(shared, selecting_row(arch, row.warps), 2048)
                 again = _specimen(f"select again {label}", again_kernel, dtype, constants, matrix=True)
                 yield replace(again, registers=AGAIN_REGISTERS)
-    for results in (True, False):
-        constants = {**ORDER, **CUT, **({} if results else {"results": None})}
-        yield _specimen("keep lists" + ("" if results else " keys alone"), keep_sifted_kernel, "bfloat16", constants)
     for sk in LENGTHS:
         constants = {**CAUSAL, **pivots_constants(sk // STRIDE)}
         yield _specimen(f"pivots sk={sk}", pivots_kernel, "bfloat16", constants)
@@ -66,10 +65,11 @@ def _specimen(label: str, kernel: Any, dtype: str, constants: dict[str, Any], *,
     constants = {**dict.fromkeys(("q_channel", "weights_head", "k_channel"), 1), **constants}
     warps, stages = constants["num_warps"], constants.get("num_stages", 1)
     constants = {name: x for name, x in constants.items() if name in kernel.arg_names}
-    types = dict.fromkeys(("counts", "pivots", "count", "indices"), "*i32:16")
+    types = dict.fromkeys(("turns", "queue", "counts", "pivots", "count", "indices"), "*i32:16")
     types |= dict.fromkeys(("scores", "lines", "bits", "results"), POINTERS["float32"])
     types |= dict.fromkeys(("q", "weights", "k", "out"), POINTERS[dtype])
-    types |= {"entries": "*i16:16", "found": "*i64:16", "scale": "fp64", **dict.fromkeys((*ODD, *ROWS), "i32")}
+    types |= {"entries": "*i16:16", "found": "*i64:16", "left": "*i32", "scale": "fp64"}
+    types |= dict.fromkeys((*ODD, *ROWS), "i32")
     if kernel is sample_kernel:
         types["count"] = "i32"
     taken = {name: types.get(name, "i32:16") for name in kernel.arg_names if name not in constants}

@@ -24,10 +24,11 @@ import torch
 from headfold.contract import UnsupportedError
 
 ANY = 1 << 30
-# Calls that have the rows of another kernel too, the first of either: a bias, rows to leave out, and values that are a
-# tensor of their own take registers or shared memory.
+# Calls that have the rows of another kernel too, the first of either: a bias, rows to leave out, values that are a
+# tensor of their own, and lists take registers or shared memory.
 SHARED = {
     "biased_scores": "scores",
+    "sifted_scores": "scores",
     "key_sums": "key_gradients",
     **{f"apart_{kernel}": kernel for kernel in ("attention", "attention_rows", "attention_keys")},
 }
@@ -91,6 +92,8 @@ TABLE = (
     Row("biased_scores", "sm_90", "half", 256, 1, 32, 64, 4, 2),
     Row("biased_scores", "sm_90", "half", 256, 4, 64, 64, 4, 2),
     Row("biased_scores", "sm_90", "half", 256, ANY, 128, 64, 4, 2),
+    Row("sifted_scores", "sm_90", "half", 64, ANY, 128, 64, 4, 3, 168),
+    Row("sifted_scores", "sm_90", "half", 128, ANY, 256, 64, 8, 3, 128),
     Row("scores", "sm_90", "half", 128, 2, 64, 64, 4, 2),
     Row("scores", "sm_90", "half", 64, ANY, 128, 64, 4, 3, whole=8),
     Row("scores", "sm_90", "half", 128, 8, 128, 64, 4, 3),
