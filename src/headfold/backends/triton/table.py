@@ -82,6 +82,7 @@ TABLE = (
     Row("attention_keys", "cpu", "*", 576, ANY, 64, 64, 4, 1),
     Row("attention_masked", "cpu", "*", 256, ANY, 64, 64, 4, 1),
     Row("biased_scores", "sm_80", "half", 256, 1, 32, 64, 4, 2),
+    Row("sifted_scores", "sm_80", "half", 128, ANY, 128, 64, 4, 2, 255),
     Row("scores", "sm_80", "half", 128, 2, 64, 64, 4, 2),
     Row("scores", "sm_80", "half", 128, ANY, 128, 64, 4, 2),
     Row("scores", "sm_80", "half", 256, ANY, 64, 64, 4, 2),
