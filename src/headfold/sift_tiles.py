@@ -28,7 +28,7 @@ _USED = 80
 _SHORTEST, _LONGEST = 6 * FITTING, 1 << 19
 # Rows whose pivots are looked for at a time.
 _PIVOTS = 16 * 2112
-# Counters that programs share, and more of them for each row, and for each of its places.
+# Counters that programs share (`COUNTERS` of `backends.triton.turns`), beside three integers for each row.
 _COUNTERS = 8
 # Programs that select again what is left, and what each puts aside.
 _AGAIN, CAPACITY = 264, 4096
