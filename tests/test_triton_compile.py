@@ -32,8 +32,6 @@ from headfold.backends.triton.table import rows_of, tile
 
 ARCHS = ["sm_80", "sm_90", "sm_100", "gfx942"]
 SPECIMEN = Specimen("x", None, {}, {}, 4, 2)
-# What `sift_specimens` allows.
-ONCE = 24
 FINE = Compiled(128, 0, 50_000, {"wgmma.mma_async": 8}, 1.0)
 
 
@@ -148,16 +146,16 @@ from dataclasses import replace
 from headfold.backends.triton.compiling import compile_specimen
 from headfold.backends.triton.sift_specimens import specimens
 one = next(iter(specimens("sm_90")))
-few = compile_specimen(one, "sm_90"), compile_specimen(replace(one, registers=104, aside=1 << 10), "sm_90")
-print(json.dumps([[x.spilled, x.again, len(x.breaches(replace(one, aside=1 << 10), "sm_90"))] for x in few]))
+few = compile_specimen(one, "sm_90"), compile_specimen(replace(one, registers=104), "sm_90")
+print(json.dumps([[x.spilled, x.again, len(x.breaches(replace(one, aside=1 << 12), "sm_90"))] for x in few]))
 """
 
 
 def test_what_a_loop_puts_aside_in_each_turn_is_told_from_what_is_put_aside_once() -> None:
     (spilled, again, breaches), (more, always, other) = json.loads(compiling_process(ASIDE))
-    assert spilled <= ONCE
-    assert more > ONCE
-    assert (again, breaches, always, other) == (False, 0, True, 1)
+    assert more > spilled
+    assert always > 0.05 > 0.01 > again
+    assert (breaches, other) == (0, 1)
 
 
 def test_programs_a_core_are_bounded_by_registers_and_by_shared_memory() -> None:

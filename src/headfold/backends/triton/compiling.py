@@ -31,6 +31,8 @@ MATRIX = {
     "sm_100": ("tcgen05.mma", "mma.sync"),
     "gfx942": ("v_mfma",),
 }
+# Of the instructions of a loop with products, the share that may have to do with spilled bytes: a reload or two.
+AGAIN = 0.01
 # Rows of a product that the latest matrix instructions want; smaller tiles use earlier ones.
 WIDE_PRODUCT = 64
 VERSION = triton.__version__
@@ -45,7 +47,8 @@ class Specimen:
     is a multiple of 16, as pointers and most strides are.   constants: arguments by value: tl.constexpr ones, None,
     and strides of 1.   matrix: whether it has to use the tensor cores.   narrow: whether its tiles are too small for
     the chip's first instruction, so that an older one will do.   registers: the most that a thread may take, where that
-    is not left to the compiler.   aside: bytes that it may keep out of them, outside of loops with products.
+    is not left to the compiler.   aside: bytes that it may keep out of them, nearly all of them outside of loops with
+    products.
     """
 
     name: str
@@ -65,7 +68,7 @@ class Compiled:
     """What the compiler made: registers a thread, spilled bytes, shared bytes, and counts of matrix instructions.
 
     serial: whether the assembler lets no two of a product's asynchronous matrix instructions overlap.
-    again: whether a loop with products spills in each of its turns.
+    again: of the instructions of a loop with products, the largest share that has to do with spilled bytes.
     """
 
     registers: int
@@ -74,13 +77,15 @@ class Compiled:
     matrix: dict[str, int]
     seconds: float
     serial: bool = False
-    again: bool = False
+    again: float = 0.0
 
     def breaches(self, specimen: Specimen, arch: str) -> list[str]:
         """Return what is wrong with it, each in a few words."""
         found = []
-        if self.spilled > specimen.aside or (self.spilled and self.again):
+        if self.spilled > specimen.aside:
             found.append(f"spills {self.spilled} bytes")
+        if self.again > AGAIN:
+            found.append(f"has {self.again:.1%} of a loop with products do with spilled bytes")
         if self.shared > SHARED[arch]:
             found.append(f"needs {self.shared} bytes of shared memory, {arch} has {SHARED[arch]}")
         accepted = MATRIX[arch] if specimen.narrow else MATRIX[arch][:1]
@@ -131,13 +136,13 @@ def _inspect(kernel: Any, arch: str, seconds: float) -> Compiled:
     if arch == "gfx942":
         assembly = kernel.asm["amdgcn"]
         registers, spilled = _field(assembly, r"\.vgpr_count"), _field(assembly, r"\.vgpr_spill_count")
-        serial = again = False
+        serial, again = False, 0.0
     else:
         assembly = kernel.asm["ptx"]
         registers, spilled = _usage(kernel.asm["cubin"])
         asynchronous = "wgmma.mma_async" in assembly
         sass = _cuobjdump(kernel.asm["cubin"], "--dump-sass") if asynchronous or spilled else ""
-        serial, again = asynchronous and _is_serial(assembly, sass), _spills_again(sass)
+        serial, again = asynchronous and _is_serial(assembly, sass), _spilling(sass)
     counts = {name: len(re.findall(r"\b" + re.escape(name), assembly)) for name in MATRIX[arch]}
     matrix = {name: n for name, n in counts.items() if n}
     return Compiled(registers, spilled, shared, matrix, seconds, serial, again)
@@ -152,16 +157,16 @@ def _is_serial(ptx: str, sass: str) -> bool:
     return sass.count("WARPGROUP.ARRIVE") * products > asked * sass.count("HGMMA")
 
 
-def _spills_again(sass: str) -> bool:
-    """Whether some loop, up to its jump back, both multiplies matrices and has to do with spilled bytes."""
-    code = [(int(at, 16), said) for at, said in re.findall(r"/\*([0-9a-f]{4,})\*/ +([^;]*);", sass)]
+def _spilling(sass: str) -> float:
+    """Return of each loop that multiplies matrices, up to its jump back, what share spills or reloads; the largest."""
+    code, largest = [(int(at, 16), said) for at, said in re.findall(r"/\*([0-9a-f]{4,})\*/ +([^;]*);", sass)], 0.0
     for at, said in code:
         back = re.search(r"\bBRA\b.* 0x([0-9a-f]+)", said)
         if back is not None and int(back[1], 16) < at:
-            loop = "\n".join(said for place, said in code if int(back[1], 16) <= place <= at)
-            if re.search(r"MMA\.", loop) and re.search(r"\b(LDL|STL)\b", loop):
-                return True
-    return False
+            loop = [said for place, said in code if int(back[1], 16) <= place <= at]
+            if any("MMA." in said for said in loop):
+                largest = max(largest, sum(bool(re.search(r"\b(LDL|STL)\b", said)) for said in loop) / len(loop))
+    return largest
 
 
 def _field(assembly: str, name: str) -> int:

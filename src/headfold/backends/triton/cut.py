@@ -19,12 +19,11 @@ from headfold.backends.triton.orders import (
     taken,
 )
 from headfold.backends.triton.pivots import count_true, narrowed, pivots, tally, totals
-from headfold.backends.triton.sift import LISTS, key_of_place
 
 # Keys that a thread takes at a time of what it does not hold.
 PART = tl.constexpr(8)
 # What is cut.
-ROW, LISTED, SIFTED = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
+ROW, LISTED = tl.constexpr(0), tl.constexpr(1)
 
 
 @triton.jit
@@ -34,8 +33,7 @@ def part(
 ):  # fmt: skip
     """Return the orders of places from `first` on, DEEP of each thread, of those past n BOTTOM, and their keys.
 
-    KIND: ROW of scores, whose first key is `keys`; LISTED, in lists of warps, of bits and keys; SIFTED, in the lists of
-    `sift`, scores with their entries `keys`. Then n is of a thread's list.
+    KIND: ROW of scores, whose first key is `keys`; LISTED, in lists of warps, of bits and keys.
     """
     if KIND == LISTED:
         i = spots(first, DEEP, WIDE)
@@ -43,12 +41,9 @@ def part(
         bits, key = taken(row, keys, i, live)
     else:
         i = places(first, DEEP, WIDE)
-        live = (i // LISTS if KIND == SIFTED else i) < n
+        live = i < n
         bits = bits_of(tl.load(row + i, mask=live, other=float("-inf")))
-        if KIND == SIFTED:  # noqa: SIM108 (known when compiled: there is one of them)
-            key = key_of_place(i, tl.load(keys + i, mask=live, other=0))
-        else:
-            key = keys + i
+        key = keys + i
     return tl.where(live, ordered(bits, TOP), BOTTOM), key
 
 
@@ -148,25 +143,6 @@ def _write_lists(
 
 
 @triton.jit
-def _write_sifted(
-    row, keys, n, longest, order_cut, key_cut, indices, results,
-    BOTTOM: tl.constexpr, TOP: tl.constexpr, WIDE: tl.constexpr,
-):  # fmt: skip
-    """Write what is chosen of sifted lists, and return how many they are. Results may lie where their scores do.
-
-    Threads wait for each other in every step, after they have read it: of so many places no more are written.
-    """
-    written = tl.zeros((), tl.int32)
-    for first in range(0, longest, PART * WIDE):
-        order, key = part(row, keys, first, n, BOTTOM, TOP, SIFTED, PART, WIDE)
-        chosen = (order > order_cut) | ((order == order_cut) & (key < key_cut))
-        place, some = numbered(chosen)
-        _store(indices, results, tl.max_contiguous(written + place, (2, 1)), key, order, chosen, TOP)
-        written += some
-    return written
-
-
-@triton.jit
 def _write_row(
     order, row, first_key, n, order_cut, key_cut, indices, results,
     BOTTOM: tl.constexpr, TOP: tl.constexpr, HELD: tl.constexpr, WIDE: tl.constexpr,
@@ -201,15 +177,13 @@ def cut(
     """Write the best topk of a row of n places, in no order, and return how many they are: none scores -inf.
 
     order: of the first HELD places of each thread, which stay in registers; others are read again for each step.
-    row, keys, n: as of `part`.   longest: places of the longest list, or of all sifted ones up to its end.
+    row, keys, n: as of `part`.   longest: places of the longest list.
     many: places of them all.
     a: an order that all that count are above, or BOTTOM; b: one that probably at most topk are above.
     indices, results: where keys and scores of a row are written, dense; results may be None.   end: past all keys.
     """
     order_cut, key_cut = _find(order, row, keys, n, longest, many, topk, end, a, b, BOTTOM, TOP, KIND, HELD, WIDE)
-    if KIND == SIFTED:
-        written = _write_sifted(row, keys, n, longest, order_cut, key_cut, indices, results, BOTTOM, TOP, WIDE)
-    elif KIND == LISTED:
+    if KIND == LISTED:
         written = _write_lists(
             order, row, keys, n, longest, order_cut, key_cut, indices, results, BOTTOM, TOP, HELD, WIDE
         )

@@ -13,17 +13,10 @@ import triton
 import triton.language as tl
 
 from headfold.backends.triton.aside import sampled, walk
-from headfold.backends.triton.cut import LISTED, ROW, SIFTED, cut, part
-from headfold.backends.triton.orders import TOGETHER, bits_of, by_thread, ordered, scores_of
+from headfold.backends.triton.cut import LISTED, ROW, cut, part
+from headfold.backends.triton.orders import TOGETHER, by_thread
 from headfold.backends.triton.search import search
-from headfold.backends.triton.sift import LISTS
 from headfold.backends.triton.visible import row_bounds
-
-# How far a row's lower pivot is moved where it was wrong, as a share of the distance between both: far enough, as
-# samples are seldom much further off.
-STEP = tl.constexpr(0.4)
-# Numbers of keys of a row that is to be sifted again, and of one that was.
-FAILED_ROW, LEFT_ROW = tl.constexpr(-1), tl.constexpr(-2)
 
 
 @triton.jit
@@ -179,42 +172,3 @@ def keep_kernel(
         )  # fmt: skip
     tl.store(count + first_line + place, many)
     clear(indices, results, many, topk, WIDE)
-
-
-@triton.jit
-def keep_sifted(
-    scores, entries, counts, pivots, indices, results, sk, topk, room,
-    BOTTOM: tl.constexpr, TOP: tl.constexpr, HELD: tl.constexpr, WIDE: tl.constexpr,
-):  # fmt: skip
-    """Write the best topk keys of a row's lists, in no order, as `keep_kernel` does, if they hold those.
-
-    scores, entries, counts, pivots: of the row, as `sift` has them.   results: scores, which may lie where the lists'
-    scores do, or None.
-    Return how many there are. Where a list was too short or the pivot too high, write nothing but the next pivot, and
-    return FAILED_ROW, or LEFT_ROW where that was another one's next.
-    """
-    of_lists = tl.load(counts + tl.arange(0, LISTS))
-    many, longest = tl.sum(of_lists, axis=0), tl.max(of_lists, axis=0)
-    n = tl.load(counts + tl.arange(0, WIDE) % LISTS)[:, None]
-    lower = ordered(tl.load(pivots), TOP)
-    upper = tl.load(pivots + 3)
-    written = tl.where(tl.load(pivots + 2) < 0, LEFT_ROW, FAILED_ROW)
-    few = (many < topk) & (lower > BOTTOM)
-    if few | (longest > room):
-        tl.debug_barrier()  # until every thread has read them
-        pivot = scores_of(lower, TOP)
-        step = (scores_of(upper, TOP) - pivot) * STEP
-        pivot = tl.where(few, pivot - step, pivot + step)
-        # Among infinities there is none: then all is listed, if there is room.
-        bits = bits_of(tl.where(tl.abs(pivot) < float("inf"), pivot, float("-inf")))
-        tl.store(pivots, bits)
-        tl.store(pivots + 1, bits)
-        tl.store(pivots + 2, -1)
-    else:
-        order, _ = part(scores, entries, 0, n, BOTTOM, TOP, SIFTED, HELD, WIDE)
-        written = cut(
-            order, scores, entries, n, longest * LISTS, many, topk, sk, lower, upper, indices, results,
-            BOTTOM, TOP, SIFTED, HELD, WIDE,
-        )  # fmt: skip
-        clear(indices, results, written, topk, WIDE)
-    return written

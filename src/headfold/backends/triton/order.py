@@ -57,36 +57,60 @@ def write_scores(bits, scores, many, topk, TOP: tl.constexpr, LOG: tl.constexpr)
 
 
 @triton.jit
+def _settled(x, LOG: tl.constexpr, LANES: tl.constexpr):
+    """Put what is packed [2 ** LOG] and nearly in order in order, and return it, and whether it is not yet.
+
+    Neighbours at even places and at odd ones change places by turns, until none of the one is wrong after those of the
+    other.   LANES: as of `places_by`.
+    """
+    COUNT: tl.constexpr = 1 << LOG
+    DEEP: tl.constexpr = COUNT >> LANES
+    # A thread holds neighbours, at even places without asking others.
+    pair = tl.reshape(x, (COUNT // 2, 2))
+    better, worse = tl.max(pair, axis=1, keep_dims=True), tl.min(pair, axis=1, keep_dims=True)
+    x = tl.where(tl.arange(0, 2)[None, :] == 0, better, worse)
+    # What is gathered lies thread by thread, so that threads take from banks of their own.
+    x = tl.reshape(tl.trans(tl.reshape(x, (1 << LANES, DEEP))), (COUNT,))
+    at = tl.arange(0, COUNT)
+    e = at % (1 << LANES) * DEEP + at // (1 << LANES)
+    turns, wrong = tl.full((), 1, tl.int32), tl.full((), 1, tl.int32)
+    while (wrong > 0) & (turns < TURNS):
+        neighbour = ((e + turns % 2) ^ 1) - turns % 2
+        neighbour = tl.minimum(tl.maximum(neighbour, 0), COUNT - 1)
+        other = tl.gather(x, neighbour % DEEP * (1 << LANES) + neighbour // DEEP, 0)
+        after = tl.where(neighbour > e, tl.maximum(x, other), tl.minimum(x, other))
+        wrong = tl.sum((after != x).to(tl.int32), axis=0)
+        x = after
+        turns += 1
+    return tl.reshape(tl.trans(tl.reshape(x, (DEEP, 1 << LANES))), (COUNT,)), wrong > 0
+
+
+@triton.jit
 def order_row(
     bits, many, indices, scores, topk,
     TOP: tl.constexpr, LOG: tl.constexpr, LANES: tl.constexpr, PAIRS: tl.constexpr,
 ):  # fmt: skip
     """Put the first `many` keys of a row in order, the best first, and write their scores, and -inf behind them.
 
-    There are at most 2 ** LOG.   bits: [topk], of the keys' scores, which become orders and move with them.
+    There are at most 2 ** LOG.   bits: [topk], of the keys' scores; orders that move with them may be written there.
     """
     e = tl.arange(0, 1 << LOG)
-    place = places_by(ordered(tl.load(bits + e, mask=e < many, other=0), TOP), e < many, LOG, LANES)
-    order = ordered(tl.load(bits + place, mask=e < many, other=0), TOP)
+    live = e < many
+    order = ordered(tl.load(bits + e, mask=live, other=0), TOP)
+    key = tl.load(indices + e, mask=live, other=0).to(tl.int32)
+    # What is packed changes places within the program: in memory every one would be a step of its own.
+    x = tl.where(live, packed(order, key), NOTHING)
+    x, wrong = _settled(tl.gather(x, places_by(order, live, LOG, LANES), 0), LOG, LANES)
+    order = (x >> 32).to(tl.int32)
     tl.debug_barrier()
-    tl.store(bits + e, order, mask=e < many)
-    key = tl.load(indices + place, mask=e < many, other=0)
-    tl.debug_barrier()
-    tl.store(indices + e, key, mask=e < many)
-    tl.debug_barrier()
-    # Neighbours at even places and at odd ones by turns, until none of the one is wrong after those of the other.
-    turns, swaps = tl.zeros((), tl.int32), tl.zeros((), tl.int32)
-    while ((turns < 2) | (swaps > 0)) & (turns < TURNS):
-        swaps = tl.zeros((), tl.int32)
-        for first in range(turns % 2, many - 1, 2 * PAIRS):
-            left = first + 2 * tl.arange(0, PAIRS)
-            swaps += _exchange(bits, indices, left, left + 1, many)
-        turns += 1
+    tl.store(indices + e, key_of(x).to(indices.dtype.element_ty), mask=live)
+    if wrong:
+        tl.store(bits + e, order, mask=live)
         tl.debug_barrier()
-    if swaps > 0:
         sort_in_memory(bits, indices, many, LOG, PAIRS)
+        order = tl.load(bits + e, mask=live, other=0)
     if scores is not None:
-        write_scores(bits, scores, many, topk, TOP, LOG)
+        tl.store(scores + e, tl.where(live, scores_of(order, TOP), float("-inf")), mask=e < topk)
 
 
 # Were rows known to be aligned, a thread would take several neighbours, and neighbours would lie on fewer threads.

@@ -34,44 +34,45 @@ def key_of_place(place, entry):
 
 # A thread stores what it holds. Where Triton stores a tensor, each tile goes through shared memory first, between
 # barriers, to lie as Triton would have it. Threads that hold the same score store it to the same place.
-_STORE = tl.constexpr("""{
+_STORE = tl.constexpr(f"""{{
     .reg .pred above;
     .reg .b16 entry;
     setp.gtu.f32 above, $1, $2;
     cvt.u16.u32 entry, $5;
     @above st.global.b32 [$3], $1;
     @above st.global.b16 [$4], entry;
-    selp.b32 $0, 1, 0, above;
-}""")
+    selp.b32 $0, {sift_tiles.LISTS}, 0, above;
+}}""")
 
 
 @triton.jit
-def _listed(x, entry, pivot, kept, first, room, scores, entries, ASSEMBLY: tl.constexpr):
-    """List scores [LISTS, ROWS] that are above a pivot [ROWS], and return how many keys there are for each list.
+def _listed(x, entry, pivot, place, end, scores, entries, ASSEMBLY: tl.constexpr):
+    """List scores [LISTS, ROWS] that are above a pivot [ROWS] in the next place of each list, and return the one after.
 
-    NaN is above all. Where a list is full, its last place is written again.   first: of each list, its first place.
+    NaN is above all. Where a list is full, its last place is written again.   end: of each list, that place.
     """
-    place = first + tl.minimum(kept, room - 1) * LISTS
+    at = tl.minimum(place, end)
     if ASSEMBLY:
-        at = place.to(tl.int64)
-        above = tl.inline_asm_elementwise(
+        wide = at.to(tl.int64)
+        taken = tl.inline_asm_elementwise(
             _STORE,
             "=r,f,f,l,l,r",
-            [x, pivot[None, :], scores.to(tl.int64) + at * 4, entries.to(tl.int64) + at * 2, entry],
+            [x, pivot[None, :], scores.to(tl.int64) + wide * 4, entries.to(tl.int64) + wide * 2, entry],
             dtype=tl.int32,
             is_pure=False,
             pack=1,
         )
     else:
         above = ~(x <= pivot[None, :])
-        tl.store(scores + place, x, mask=above)
-        tl.store(entries + place, tl.zeros_like(place).to(tl.int16) + entry.to(tl.int16), mask=above)
-    return kept + above.to(tl.int32)
+        tl.store(scores + at, x, mask=above)
+        tl.store(entries + at, tl.zeros_like(at).to(tl.int16) + entry.to(tl.int16), mask=above)
+        taken = above.to(tl.int32) * LISTS
+    return place + taken
 
 
 @triton.jit
 def _sifted(
-    x, key, below, above, until, kept, first, room, scores, entries,
+    x, key, below, above, until, place, end, scores, entries,
     ROWS: tl.constexpr, ASSEMBLY: tl.constexpr,
 ):  # fmt: skip
     """List what is above a pivot of a tile's scores [KEYS, ROWS], whose first key is `key`; return what `_listed` does.
@@ -84,8 +85,8 @@ def _sifted(
     one, other = tl.split(tl.permute(x, (0, 2, 3, 1)))
     one, other = tl.reshape(one, (LISTS, ROWS)), tl.reshape(other, (LISTS, ROWS))
     entry = key // KEYS * MEMBERS
-    kept = _listed(one, entry, pivot, kept, first, room, scores, entries, ASSEMBLY)
-    return _listed(other, entry + 1, pivot, kept, first, room, scores, entries, ASSEMBLY)
+    place = _listed(one, entry, pivot, place, end, scores, entries, ASSEMBLY)
+    return _listed(other, entry + 1, pivot, place, end, scores, entries, ASSEMBLY)
 
 
 @triton.jit
@@ -143,17 +144,18 @@ def sift(
     until = tl.max(tl.load(pivots + row * 4 + 2, mask=wanted, other=0), axis=0)
     one = tl.arange(0, LISTS)
     first = ((line + mine) * room * LISTS)[None, :] + one[:, None]
-    kept = tl.zeros((LISTS, ROWS), tl.int32)
+    place, end = first, first + (room - 1) * LISTS
     step = tl.arange(0, KEYS)
-    keys = tile_places(step, k_row, k_channel, 0, D)
-    tile = k
+    # None is negative: signs would take as many registers again.
+    keys = tile_places(step, k_row, k_channel, 0, D).to(tl.uint32).to(tl.int64)
+    tile, tile_row = k, (tl.zeros((), tl.int32) + KEYS * k_row).to(tl.uint32).to(tl.int64)
     for key in tl.range(0, whole, KEYS, num_stages=STAGES):
         some = load_tile(tile, keys, D, D)
-        tile += KEYS * k_row
+        tile += tile_row
         x = tile_scores(
             some, some, queries, queries, factor, head, scale, True, H, HEADS, 0, ROWS, KEYS, PRECISION, ACC, UPCAST
         )
-        kept = _sifted(x, key, below, above, until, kept, first, room, scores, entries, ROWS, ASSEMBLY)
+        place = _sifted(x, key, below, above, until, place, end, scores, entries, ROWS, ASSEMBLY)
     for key in tl.range(whole, last, KEYS, num_stages=STAGES):
         t = key + step
         there = k + t.to(tl.int64) * k_row
@@ -162,5 +164,5 @@ def sift(
             some, some, queries, queries, factor, head, scale, True, H, HEADS, 0, ROWS, KEYS, PRECISION, ACC, UPCAST
         )
         x = tl.where(t[:, None] < high[None, :], x, float("-inf"))
-        kept = _sifted(x, key, below, above, until, kept, first, room, scores, entries, ROWS, ASSEMBLY)
-    tl.store(counts + (line + mine)[None, :] * LISTS + one[:, None], kept)
+        place = _sifted(x, key, below, above, until, place, end, scores, entries, ROWS, ASSEMBLY)
+    tl.store(counts + (line + mine)[None, :] * LISTS + one[:, None], (place - first) // LISTS)

@@ -32,8 +32,9 @@ LENGTHS = (32768, 131072, 1 << 19)
 # Numbers by whose values nothing is specialised.
 ODD = ("sq", "sk", "rows", "topk", "capacity", "offset", "room", "abreast", "ordered")
 ROWS = ("scores_row", "line_row", "lists_row", "indices_row", "results_row")
-# Bytes that a thread keeps out of its registers while a row is sifted: a few numbers, once for all keys.
-ASIDE = 24
+# Bytes that a thread keeps out of its registers, of which it has fewer the more warps there are: a few numbers while
+# rows are sifted, once for all keys, and more while they are cut.
+ASIDE = {4: 24, 8: 640}
 CAUSAL = {"RATIO": 1, "HAS_OFFSET": True}
 
 
@@ -50,7 +51,7 @@ def specimens(arch: str) -> Iterator[Specimen]:
             more = {"UNIFORM": True, "ASSEMBLY": assembly}
             constants = {**select_constants(shared, 2048), **more}
             rows = _specimen(f"select rows {label}", select_rows_kernel, dtype, constants, matrix=True)
-            yield replace(rows, registers=row.registers, aside=ASIDE if row.registers else 0)
+            yield replace(rows, registers=row.registers, aside=ASIDE[row.warps] if row.registers else 0)
             if d == 128:
                 constants = again_constants(shared, selecting_row(arch, row.warps), 2048)
                 again = _specimen(f"select again {label}", again_kernel, dtype, constants, matrix=True)

@@ -24,8 +24,8 @@ from headfold.sift_tiles import CAPACITY, DEVIATIONS, FITTING, LISTS, ROOM, STRI
 from headfold.triton_tiles import Kept, cdiv, padded, power_of_two
 
 ORDER = {"BOTTOM": ORDERS[torch.float32].bottom, "TOP": ORDERS[torch.float32].top}
-# Places of a row's lists that a program holds while it cuts them.
-_HELD = 4096
+# Warps that cut a row, and places of each of its lists that their threads hold: first ones, others.
+_WARPS, _HELD, _REST = 4, 128, 32
 # Registers of a thread of programs that select again: left to the compiler, some chips' get half of them, and spill.
 AGAIN_REGISTERS = 255
 SAMPLED_ROWS = 16
@@ -200,7 +200,9 @@ def select_constants(shared: dict[str, Any], topk: int) -> dict[str, Any]:
     """Return the constants of `select_rows_kernel`, given those that the score kernels share."""
     warps = shared["num_warps"]
     scoring = {name: x for name, x in shared.items() if name not in ("RELU", "KEYS", "FIRST", "SECOND")}
-    return {**scoring, "HELD": _HELD // (32 * warps), "WIDE": 32 * warps, **sort_constants(topk, warps)}
+    wide = 32 * _WARPS
+    held = {"HELD": _HELD * LISTS // wide, "REST": _REST * LISTS // wide, "TOGETHER": warps // _WARPS, "WIDE": wide}
+    return {**scoring, **held, **sort_constants(topk, warps)}
 
 
 def selecting_row(arch: str, warps: int) -> Row:
