@@ -134,7 +134,7 @@ def order_kernel(
     """Put the first keys of a row's indices in order, the best first, and write their scores, and -inf behind them.
 
     There are at most 2 ** LOG.
-    bits: [lines, topk], bits_row apart, of the keys' scores, which become orders and move with them.
+    bits: [lines, topk], bits_row apart, of the keys' scores; orders that move with them may be written there.
     count: [lines], how many.
     """
     row, batch = tl.program_id(0), tl.program_id(2).to(tl.int64)

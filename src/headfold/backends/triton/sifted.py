@@ -200,8 +200,8 @@ def select_constants(shared: dict[str, Any], topk: int) -> dict[str, Any]:
     """Return the constants of `select_rows_kernel`, given those that the score kernels share."""
     warps = shared["num_warps"]
     scoring = {name: x for name, x in shared.items() if name not in ("RELU", "KEYS", "FIRST", "SECOND")}
-    wide = 32 * _WARPS
-    held = {"HELD": _HELD * LISTS // wide, "REST": _REST * LISTS // wide, "TOGETHER": warps // _WARPS, "WIDE": wide}
+    wide, together = 32 * _WARPS, max(1, min(shared["ROWS"], warps // _WARPS))
+    held = {"HELD": _HELD * LISTS // wide, "REST": _REST * LISTS // wide, "TOGETHER": together, "WIDE": wide}
     return {**scoring, **held, **sort_constants(topk, warps)}
 
 
