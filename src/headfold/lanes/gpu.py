@@ -135,7 +135,7 @@ def other_jobs() -> list[Job]:
     for dtype, width in ((torch.bfloat16, 64), (torch.float16, 128)):
         options = {"impls": ("triton",), "dtypes": (dtype,), "widths": (width,)}
         jobs.append(Job(f"strides, {name_of(dtype)}, width {width}", strides, (), options))
-    return [*jobs, Job("sanitizer", sanitizer, seconds=120.0), Job("graphs", graphs), Job("capture", capture)]
+    return [*jobs, Job("sanitizer", sanitizer, seconds=150.0), Job("graphs", graphs), Job("capture", capture)]
 
 
 def _lane(job: Job, device: torch.device, end: float) -> Lane:

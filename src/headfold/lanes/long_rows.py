@@ -10,7 +10,7 @@ from headfold.sift_tiles import LISTS, SiftedSelection
 from headfold.tiles import DEFAULT_WORKSPACE
 
 SIZES = {"sq": 2112, "sk": 32768, "h": 32, "d": 128}
-FEWER = {"sq": 1700, "sk": 24576, "h": 32, "d": 64}
+FEWER = {"sq": 850, "sk": 24576, "h": 64, "d": 64}
 TOPK = 2048
 # Of so many rows the best keys are all of one list, which has no room for them.
 CROWDED = 12

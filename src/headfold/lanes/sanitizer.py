@@ -36,7 +36,7 @@ COLUMNS = (
 PROGRAM = "compute-sanitizer"
 STATUS = 86  # of a process in which it found something
 # Of compiling before anything is watched, and of each process that is; all rows run at once.
-COMPILING, SECONDS = 50.0, 50.0
+COMPILING, SECONDS = 50.0, 75.0
 COMPILERS = 8
 HALF, SINGLE, DOUBLE = torch.bfloat16, torch.float32, torch.float64
 # float16 takes the kernels and tiles of bfloat16.
