@@ -96,6 +96,10 @@ def check(q: Tensor, weights: Tensor | None, k: Tensor, topk: int = TOPK, *, alo
     torch.testing.assert_close(found, scores.gather(-1, order), rtol=0, atol=0, equal_nan=True)
 
 
+def test_threads_hold_as_many_places_of_a_list_as_it_has() -> None:
+    assert sifted._HELD + sifted._REST >= sift_tiles.ROOM
+
+
 def inputs(dtype: torch.dtype = torch.bfloat16, **sizes: Any) -> list[Any]:
     case = Case(**{**SIZES, **sizes})
     return [x if x is None else x.to(DEVICE) for x in case.inputs(dtype)]
