@@ -1,5 +1,8 @@
 """What a launch takes for known: no two calls that Triton compiles apart."""
 
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -98,6 +101,7 @@ class Jitted:
 
     def __init__(self, compiled: Callable[[list[Any]], object]) -> None:
         self.said: list[Any] = []
+        self.settled = 0
         self.compiled = compiled
 
     def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., object]:
@@ -107,6 +111,9 @@ class Jitted:
 
         return run
 
+    def settle(self) -> None:
+        self.settled += 1
+
 
 @pytest.fixture
 def devices(monkeypatch: pytest.MonkeyPatch) -> list[int]:
@@ -114,6 +121,7 @@ def devices(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     current = [0]
     monkeypatch.setattr(triton, "JITFunction", Jitted)
     monkeypatch.setattr(triton.compiler, "CompiledKernel", Compiled)
+    monkeypatch.setattr(launching, "settle_key", Jitted.settle)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: current[0])
     return current
 
@@ -127,6 +135,16 @@ def test_what_is_known_is_started_at_once_with_its_constants_in_their_order(devi
     launching.launch(kernel, (7, 2), x, 48, M=5, N=7, num_warps=4)
     assert [one[0] for one in kernel.said] == ["first", "at once", "first", "first", "first", "first"]
     assert kernel.said[1] == ("at once", (7, 1, 1), (x, 48, 6, 5))
+    assert kernel.settled == 1
+
+
+def test_the_key_of_a_kernel_is_settled_on_rocm_too(devices: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.version, "hip", "7.0")
+    kernel = Jitted(Compiled)
+    for _ in range(2):
+        launching.launch(kernel, (7,), torch.zeros(4), 3, M=5, N=6)
+    assert [one[0] for one in kernel.said] == ["first", "first"]
+    assert kernel.settled == 1
 
 
 @pytest.mark.parametrize("values", [(None, 3, None, 3), (3, None, 3, None)])
@@ -147,3 +165,34 @@ def test_what_a_hook_kept_from_being_compiled_is_not_known(devices: list[int]) -
     for _ in range(2):
         launching.launch(kernel, (1,), torch.zeros(4), 3, N=1, M=1)
     assert [one[0] for one in kernel.said] == ["first", "first"]
+
+
+# Functions for Triton whose keys a kernel's follows from, in the order in which Triton asks for them, and whether each
+# was known by then; one that calls itself is asked for while it is worked out.
+ASKED = """
+from triton.runtime import jit
+from headfold.backends.triton.keys import settle_key
+from headfold.backends.triton.select_rows import select_rows_kernel
+from headfold.backends.triton.keep import keep_kernel
+
+class Finder(jit.DependenciesFinder):
+    def _update_hash(self, function):
+        print(function.fn.__name__, function.hash is not None)
+        super()._update_hash(function)
+
+jit.DependenciesFinder = Finder
+"""
+
+
+def asked(then: str) -> list[list[str]]:
+    command = [sys.executable, "-W", "ignore", "-c", ASKED + then]
+    compiling = {**os.environ, "TRITON_INTERPRET": "0"}
+    done = subprocess.run(command, capture_output=True, text=True, check=True, env=compiling)
+    return [line.split() for line in done.stdout.splitlines()]
+
+
+def test_the_key_of_a_kernel_follows_from_keys_that_are_known() -> None:
+    found = asked("settle_key(keep_kernel); settle_key(select_rows_kernel)")
+    assert {"narrowed", "sift", "_write"} <= {name for name, _ in found}
+    assert all(known == "True" for _, known in found)
+    assert not all(known == "True" for _, known in asked("select_rows_kernel.cache_key"))
