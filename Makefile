@@ -5,6 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 MEGATRON := $(shell sed -n 's/^megatron-core/&/p' constraints.txt)
 EARLIER := 0.17.1 0.18.2
+TRITON := 3.4.0 3.5.1
 BARE := --quiet --no-deps --ignore-requires-python --python-version 3.12 --only-binary=:all: --upgrade
 
 .PHONY: prove gpu test test-earlier targets clean
@@ -51,12 +52,18 @@ $(VENV)/test.done: pyproject.toml $(VENV)/torch.done
 	$(BIN)/python -W ignore -c 'import attn_gym, transformers, megatron.core.transformer.experimental_attention_variant.dsa'
 	touch $@
 
-# The earlier generations of Megatron-Core, each in a folder of its own that comes first on the path.
+# The earlier generations of Megatron-Core, and of Triton as torch 2.8 and 2.9 bring it, each in a folder of its own that
+# comes first on the path. Kernels are compiled, and not run.
 test-earlier: $(VENV)/test.done
 	set -e; for version in $(EARLIER); do \
 		test -d $(VENV)/megatron-$$version || $(BIN)/python -m pip install $(BARE) \
 			--target $(VENV)/megatron-$$version megatron-core==$$version; \
 		PYTHONPATH=$(VENV)/megatron-$$version $(BIN)/pytest tests/test_megatron_earlier.py; \
+	done
+	set -e; for version in $(TRITON); do \
+		test -d $(VENV)/triton-$$version || $(BIN)/python -m pip install --quiet --no-deps \
+			--target $(VENV)/triton-$$version triton==$$version; \
+		PYTHONPATH=$(VENV)/triton-$$version $(BIN)/pytest -m slow -k triton_at_hand tests/test_triton_compile.py; \
 	done
 
 clean:

@@ -52,6 +52,17 @@ def test_auto_without_triton_is_eager(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("known")
+def test_float64_asks_for_a_triton_that_multiplies_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    triton = pytest.importorskip("headfold.backends.triton")
+    x = torch.ones(1, 16, device=DEVICE, dtype=torch.float64)
+    assert backends.choose("op", "triton", x) == "triton"
+    monkeypatch.setattr(triton, "FLOAT64", False)
+    with pytest.raises(UnsupportedError, match=r"op: .*float64 needs Triton 3\.5, which torch 2\.9 brings\. Use impl="):
+        backends.choose("op", "triton", x)
+    assert backends.choose("op", "triton", x.float()) == "triton"
+
+
+@pytest.mark.usefixtures("known")
 @pytest.mark.parametrize(
     ("op", "x", "widths", "said"),
     [

@@ -217,10 +217,11 @@ def _key_sums(
         row = first + step
         inside = row < last_row
         query_row = (first + each // HEADS).to(tl.int64)
-        real = (query_row < last_row) & (head < H)
+        there = (query_row < last_row) & (head < H)
+        real = there
         if broken is not None:
             whole = tl.load(broken + row, mask=inside, other=0) == 0
-            real = real & (tl.load(broken + query_row, mask=real, other=0) == 0)
+            real = there & (tl.load(broken + query_row, mask=there, other=0) == 0)
         places = q + batch * q_batch + query_row * q_row + head * q_head
         q1 = load_rows(places, real, q_channel, 0, FIRST, FIRST if SECOND else D)
         if SECOND > 0:
@@ -245,7 +246,10 @@ def _key_sums(
         a = tl.reshape(a, (KEYS, ROWS * HEADS))
         if weights is not None:
             factors = weights + batch * weights_batch + query_row * weights_row + head * weights_head
-            a = a * tl.load(factors, mask=real, other=0.0).to(ACC)[None, :]
+            # Read of all that are there: what a mask that was read leaves is copied one by one, and Triton 3.5 cannot
+            # copy two bytes.
+            factor = tl.load(factors, mask=there, other=0.0).to(ACC)
+            a = a * (factor if broken is None else tl.where(real, factor, 0.0))[None, :]
         if WIDE:
             q1 = q1.to(ACC)
             if SECOND > 0:

@@ -55,6 +55,30 @@ def _ends(order, BOTTOM: tl.constexpr, TOP: tl.constexpr):
 
 
 @triton.jit
+def _count(
+    order, row, keys, n, longest, lower, middle, upper,
+    BOTTOM: tl.constexpr, TOP: tl.constexpr, KIND: tl.constexpr, HELD: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    """Return how many orders of a row are above each of three pivots; its first places are `order`.
+
+    A call of its own: Triton 3.4 cannot compile a branch in a loop in a search.
+    """
+    TOOK: tl.constexpr = TOGETHER if KIND == LISTED else WIDE
+    OFTEN: tl.constexpr = (1023 - HELD) // PART
+    each = tally(order, lower, middle, upper)
+    over, over_middle, over_upper = tl.zeros((), tl.int32), tl.zeros((), tl.int32), tl.zeros((), tl.int32)
+    for first in range(HELD * TOOK, longest, PART * TOOK):
+        if (first // TOOK - HELD) // PART % OFTEN == OFTEN - 1:
+            some, some_middle, some_upper = totals(each)
+            over, over_middle, over_upper = over + some, over_middle + some_middle, over_upper + some_upper
+            each = tl.zeros_like(each)
+        other, _ = part(row, keys, first, n, BOTTOM, TOP, KIND, PART, WIDE)
+        each += tally(other, lower, middle, upper)
+    some, some_middle, some_upper = totals(each)
+    return over + some, over_middle + some_middle, over_upper + some_upper
+
+
+@triton.jit
 def _find(
     order, row, keys, n, longest, many, topk, end, a, b,
     BOTTOM: tl.constexpr, TOP: tl.constexpr, KIND: tl.constexpr, HELD: tl.constexpr, WIDE: tl.constexpr,
@@ -65,7 +89,6 @@ def _find(
     a, b: as of `cut`.
     """
     TOOK: tl.constexpr = TOGETHER if KIND == LISTED else WIDE
-    OFTEN: tl.constexpr = (1023 - HELD) // PART
     more, fewer = many, tl.zeros((), tl.int32)
     if a > BOTTOM:
         fewer = count_true(order > b)
@@ -88,17 +111,9 @@ def _find(
     steps = tl.zeros((), tl.int32)
     while (a + 1 < b) & (fewer < topk):
         lower, middle, upper = pivots(a, b, more, fewer, topk, steps, TOP)
-        each = tally(order, lower, middle, upper)
-        over, over_middle, over_upper = tl.zeros((), tl.int32), tl.zeros((), tl.int32), tl.zeros((), tl.int32)
-        for first in range(HELD * TOOK, longest, PART * TOOK):
-            if (first // TOOK - HELD) // PART % OFTEN == OFTEN - 1:
-                some, some_middle, some_upper = totals(each)
-                over, over_middle, over_upper = over + some, over_middle + some_middle, over_upper + some_upper
-                each = tl.zeros_like(each)
-            other, _ = part(row, keys, first, n, BOTTOM, TOP, KIND, PART, WIDE)
-            each += tally(other, lower, middle, upper)
-        some, some_middle, some_upper = totals(each)
-        over, over_middle, over_upper = over + some, over_middle + some_middle, over_upper + some_upper
+        over, over_middle, over_upper = _count(
+            order, row, keys, n, longest, lower, middle, upper, BOTTOM, TOP, KIND, HELD, WIDE
+        )
         a, b, more, fewer = narrowed(a, b, more, fewer, topk + 1, lower, middle, upper, over, over_middle, over_upper)
         steps += 1
     until = tl.zeros((), tl.int32)

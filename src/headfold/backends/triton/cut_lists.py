@@ -174,16 +174,24 @@ def _write_eight(order, entry, before, indices, results, BOTTOM: tl.constexpr, T
 
 
 @triton.jit
+def _write_sixteen(order, entry, before, indices, results, BOTTOM: tl.constexpr, TOP: tl.constexpr):
+    """Write what is chosen of a depth of sixteen as `_write_eight` does, eight after eight."""
+    one, other = _halves(order)
+    one_entry, other_entry = _halves(entry)
+    before = _write_eight(one, one_entry, before, indices, results, BOTTOM, TOP)
+    return _write_eight(other, other_entry, before, indices, results, BOTTOM, TOP)
+
+
+@triton.jit
 def _write(order, entry, before, indices, results, BOTTOM: tl.constexpr, TOP: tl.constexpr):
-    """Write what is chosen as `_write_eight` does, of any depth: eight after eight, whose places take few registers."""
-    if order.shape[1] == 8:
-        before = _write_eight(order, entry, before, indices, results, BOTTOM, TOP)
-    else:
-        one, other = _halves(order)
-        one_entry, other_entry = _halves(entry)
-        before = _write(one, one_entry, before, indices, results, BOTTOM, TOP)
-        before = _write(other, other_entry, before, indices, results, BOTTOM, TOP)
-    return before
+    """Write what is chosen of a depth of 32 as `_write_eight` does: eight after eight, whose places take few registers.
+
+    No function calls itself: Triton 3.4 has no key for one that does.
+    """
+    one, other = _halves(order)
+    one_entry, other_entry = _halves(entry)
+    before = _write_sixteen(one, one_entry, before, indices, results, BOTTOM, TOP)
+    return _write_sixteen(other, other_entry, before, indices, results, BOTTOM, TOP)
 
 
 @triton.jit
@@ -205,4 +213,4 @@ def cut_lists(
     rest = _chosen(rest, entries, HELD, b, until, BOTTOM)
     held_entries, rest_entries = _entries_of(entries, held > BOTTOM, 0), _entries_of(entries, rest > BOTTOM, HELD)
     written = _write(held, held_entries, tl.zeros_like(many), indices, results, BOTTOM, TOP)
-    return _write(rest, rest_entries, written, indices, results, BOTTOM, TOP)
+    return _write_eight(rest, rest_entries, written, indices, results, BOTTOM, TOP)

@@ -86,8 +86,9 @@ def _whole(
 @triton.jit
 def clear(indices, results, many, topk, WIDE: tl.constexpr):
     """Write that there are no keys from place `many` on."""
-    for first in range(many, topk, WIDE):
-        i = first + tl.arange(0, WIDE)
+    # From 0 on: Triton 3.5 asks of a loop that begins at a result of an `if` what it does not know.
+    for first in range(0, topk - many, WIDE):
+        i = many + first + tl.arange(0, WIDE)
         tl.store(indices + i, tl.full((WIDE,), -1, indices.dtype.element_ty), mask=i < topk)
         if results is not None:
             tl.store(results + i, tl.full((WIDE,), float("-inf"), results.dtype.element_ty), mask=i < topk)

@@ -127,12 +127,14 @@ def sums_kernel(
     inner_hi = tl.min(tl.where(alive, hi, n), 0)
     for t0 in tl.range(first, last, KEYS):
         t = t0 + tl.arange(0, KEYS)
+        if MARKS is not None:
+            # Before the product: read behind it, marks bring all that follows to the layout that they are read in.
+            place = (b * rows + row)[:, None] * width + t[None, :]
+            marked = tl.load(MARKS + place, mask=alive[:, None] & (t < n)[None, :], other=0) != 0
         k = chunks(keys + tl.minimum(t, n - 1).to(tl.int64) * key_s, key_d, HN, WIDE, COUNT, TAIL, CAST)
         s = logits(q, k, ROWS, KEYS, COUNT + (TAIL > 0), ACC, PRECISION) * unit
         if MARKS is not None:
-            place = (b * rows + row)[:, None] * width + t[None, :]
-            marked = tl.load(MARKS + place, mask=alive[:, None] & (t < n)[None, :], other=0)
-            s = tl.where(marked != 0, s, NEG_INF)
+            s = tl.where(marked, s, NEG_INF)
         elif (t0 < inner_lo) | (t0 + KEYS > inner_hi):
             s = tl.where((t[None, :] >= lo[:, None]) & (t[None, :] < hi[:, None]), s, NEG_INF)
         larger = tl.maximum(m, tl.max(s, 1))
