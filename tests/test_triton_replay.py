@@ -65,6 +65,7 @@ def said(monkeypatch: pytest.MonkeyPatch) -> Said:
     """Let kernels pass for those of a device, in a process that has launched nothing yet; return what they say."""
     monkeypatch.setattr(triton, "JITFunction", Kernel)
     monkeypatch.setattr(triton.compiler, "CompiledKernel", Compiled)
+    monkeypatch.setattr(launching, "settle_key", lambda kernel: None)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(cuda_stream=7))
     monkeypatch.setattr(launching, "_compiled", {})
