@@ -99,7 +99,7 @@ def check(q: Tensor, weights: Tensor | None, k: Tensor, topk: int = TOPK, *, alo
     torch.testing.assert_close(found, scores.gather(-1, order), rtol=0, atol=0, equal_nan=True)
 
 
-@triton.jit
+@triton.jit  # type: ignore[untyped-decorator]
 def staggered_turns(out: Any, blocks: Any, abreast: Any, COUNT: tl.constexpr) -> None:
     turn = tl.arange(0, COUNT)
     tl.store(out + turn, staggered(turn, blocks, abreast), mask=turn < blocks)
