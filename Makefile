@@ -63,7 +63,8 @@ test-earlier: $(VENV)/test.done
 	set -e; for version in $(TRITON); do \
 		test -d $(VENV)/triton-$$version || $(BIN)/python -m pip install --quiet --no-deps \
 			--target $(VENV)/triton-$$version triton==$$version; \
-		PYTHONPATH=$(VENV)/triton-$$version $(BIN)/pytest -m slow -k triton_at_hand tests/test_triton_compile.py; \
+		PYTHONPATH=$(VENV)/triton-$$version $(BIN)/pytest -m "slow or not slow" -k triton_at_hand \
+			tests/test_triton_compile.py tests/test_triton_launch.py; \
 	done
 
 clean:

@@ -86,7 +86,10 @@ def _require_triton(op: str, x: Tensor, widths: tuple[int, ...]) -> None:
             f"Triton, for tests on a CPU), got one on {x.device}. {way_out}"
         )
     if x.dtype == torch.float64 and not load("triton").FLOAT64:
-        raise UnsupportedError(f'{op}: impl="triton" in float64 needs Triton 3.5, which torch 2.9 brings. {way_out}')
+        raise UnsupportedError(
+            f'{op}: impl="triton" in float64 needs Triton >= 3.5, which torch 2.9 brings, got '
+            f"{load('triton').VERSION}. {way_out}"
+        )
     narrowest, widest = TRITON_WIDTHS[op]
     for d in widths:
         if not narrowest <= d <= widest:

@@ -17,12 +17,14 @@ from headfold.backends.triton.visible import row_bounds
 
 # Both read TRITON_INTERPRET where they are decorated: a variable set between the two imports gives neither.
 INTERPRETED = not any(isinstance(f, triton.JITFunction) for f in (row_bounds, triton.language.zeros))
+VERSION = triton.__version__
 # Whether this Triton multiplies matrices of float64.
-FLOAT64 = tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 5)
+FLOAT64 = tuple(map(int, VERSION.split(".")[:2])) >= (3, 5)
 
 __all__ = [
     "FLOAT64",
     "INTERPRETED",
+    "VERSION",
     "add_gradients",
     "attention_tile_of",
     "fill_scores",

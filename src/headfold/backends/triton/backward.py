@@ -246,8 +246,8 @@ def _key_sums(
         a = tl.reshape(a, (KEYS, ROWS * HEADS))
         if weights is not None:
             factors = weights + batch * weights_batch + query_row * weights_row + head * weights_head
-            # Read of all that are there: what a mask that was read leaves is copied one by one, and Triton 3.5 cannot
-            # copy two bytes.
+            # Read of all that are there: a mask that was itself read cuts what a loop copies ahead into single
+            # elements, and of two bytes Triton 3.5 cannot copy one.
             factor = tl.load(factors, mask=there, other=0.0).to(ACC)
             a = a * (factor if broken is None else tl.where(real, factor, 0.0))[None, :]
         if WIDE:

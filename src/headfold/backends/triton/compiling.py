@@ -14,6 +14,8 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from headfold.backends.triton.keys import settle_key
+
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
     "sm_90": GPUTarget("cuda", 90, 32),
@@ -123,6 +125,7 @@ def compile_specimen(specimen: Specimen, arch: str) -> Compiled:
     constants = {(names.index(n),): value for n, value in specimen.constants.items()}
     aligned = {(names.index(n),): ALIGNED for n, kind in specimen.types.items() if kind.endswith(":16")}
     source = ASTSource(fn=specimen.kernel, signature=signature, constexprs=constants, attrs=aligned)
+    settle_key(specimen.kernel)  # what is launched in this process later then has the key that others know
     options = {"num_warps": specimen.num_warps, "num_stages": specimen.num_stages}
     if specimen.registers is not None and TARGETS[arch].backend == "cuda":
         options["maxnreg"] = specimen.registers

@@ -61,7 +61,7 @@ def _count(
 ):  # fmt: skip
     """Return how many orders of a row are above each of three pivots; its first places are `order`.
 
-    A call of its own: Triton 3.4 cannot compile a branch in a loop in a search.
+    A call of its own: Triton 3.4 dies of a branch that is written out in a `for` within a `while`.
     """
     TOOK: tl.constexpr = TOGETHER if KIND == LISTED else WIDE
     OFTEN: tl.constexpr = (1023 - HELD) // PART

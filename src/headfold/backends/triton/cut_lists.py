@@ -186,7 +186,7 @@ def _write_sixteen(order, entry, before, indices, results, BOTTOM: tl.constexpr,
 def _write(order, entry, before, indices, results, BOTTOM: tl.constexpr, TOP: tl.constexpr):
     """Write what is chosen of a depth of 32 as `_write_eight` does: eight after eight, whose places take few registers.
 
-    No function calls itself: Triton 3.4 has no key for one that does.
+    Of one that called itself Triton 3.4 would find no key.
     """
     one, other = _halves(order)
     one_entry, other_entry = _halves(entry)
@@ -201,7 +201,8 @@ def cut_lists(
 ):  # fmt: skip
     """Write the best topk of each row, in no order, and return how many they are [rows].
 
-    held, rest: orders of all its places, the first and the others, as `orders_of` returns them.   many: [rows], places.
+    held, rest: orders of all its places, the first and the others, 32 and 8 deep, as `orders_of` returns them.
+    many: [rows], places.
     entries, indices, results: pointers [rows], to the lists' entries and to where keys and scores are written, dense;
     results may be None, or lie where the lists' scores do.   end: past all keys.
     a: [rows], an order that all places are above, or BOTTOM; b: one that probably at most topk are above.

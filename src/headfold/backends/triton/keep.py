@@ -86,7 +86,7 @@ def _whole(
 @triton.jit
 def clear(indices, results, many, topk, WIDE: tl.constexpr):
     """Write that there are no keys from place `many` on."""
-    # From 0 on: Triton 3.5 asks of a loop that begins at a result of an `if` what it does not know.
+    # From 0 on: Triton 3.5 fails to coalesce the stores of a loop that begins at a result of an `if`.
     for first in range(0, topk - many, WIDE):
         i = many + first + tl.arange(0, WIDE)
         tl.store(indices + i, tl.full((WIDE,), -1, indices.dtype.element_ty), mask=i < topk)

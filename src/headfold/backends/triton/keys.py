@@ -1,8 +1,8 @@
 """Keys of compiled kernels on disk that do not depend on which kernel a process ran first.
 
-Before Triton 3.9 a function's key holds the constants of those functions it calls whose keys were known already: two
-processes that begin with different kernels would each compile the same one, for up to half a minute. Here the keys of
-what a function calls are worked out before its own.
+In Triton 3.5 and 3.6 a function's key holds the constants of those functions it calls whose keys were known already:
+two processes that begin with different kernels would each compile the same one, for up to half a minute. Here the keys
+of what a function calls are worked out before its own. It has to be the first to ask: a key is kept as it was found.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ def _settle(function: Any, met: set[int]) -> None:
 
 
 def _called(function: Any) -> Iterator[Any]:
-    """Yield the functions that one may call; Triton's own library, called as attributes of it, is in no key."""
+    """Yield the functions that one may call; those of Triton's own library call nothing of a program's."""
     names = function.fn.__globals__
     found = (names.get(name) for name in function.fn.__code__.co_names)
     # Asked of the type: asking for the key of a function works it out.

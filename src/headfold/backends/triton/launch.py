@@ -46,15 +46,11 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **constants: Any) -> 
     args: tensors, integers, floats and None, for every parameter that is no constant; what is a float is one in every
     launch.   constants: the others and the launch's options, hashable.
     """
-    if not isinstance(kernel, triton.JITFunction):
-        kernel[grid](*args, **constants)
-        give_up()
-        return
     known = _parameters.get(id(kernel))  # hashing a kernel itself takes as long as all the rest of the key
-    if known is None:
+    if known is None and isinstance(kernel, triton.JITFunction):
         settle_key(kernel)
         known = _parameters[id(kernel)] = parameters(kernel, args)
-    if torch.version.hip is not None:
+    if known is None or torch.version.hip is not None:
         kernel[grid](*args, **constants)
         give_up()
         return

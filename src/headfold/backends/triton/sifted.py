@@ -24,7 +24,8 @@ from headfold.sift_tiles import CAPACITY, DEVIATIONS, FITTING, LISTS, ROOM, STRI
 from headfold.triton_tiles import Kept, cdiv, padded, power_of_two
 
 ORDER = {"BOTTOM": ORDERS[torch.float32].bottom, "TOP": ORDERS[torch.float32].top}
-# Warps that cut a row, and places of each of its lists that their threads hold: first ones, others.
+# Warps that cut a row, and places of each of its lists that their threads hold: first ones, others. Of 32 lists a
+# thread of 128 has so 32 and 8, as `cut_lists` takes them.
 _WARPS, _HELD, _REST = 4, 128, 32
 # Registers of a thread of programs that select again: left to the compiler, some chips' get half of them, and spill.
 AGAIN_REGISTERS = 255

@@ -42,16 +42,17 @@ def _failed(turns, queue):
 
 @triton.jit
 def staggered(turn, blocks, abreast):
-    """Return which turn a program takes instead: half of those that are first abreast change with turns in the middle.
+    """Return which turn a program takes instead: half of those that are first abreast swap with turns in the middle.
 
-    Programs that share a multiprocessor begin together. With blocks of one length they would end together too, and
-    none would multiply while the others do something else.
+    Programs that share a multiprocessor begin together. Their blocks follow each other and are nearly as long, so that
+    they would stop multiplying together too; those in the middle are shorter under a causal bound. Where blocks are
+    few, it is left: the long ones would be among the last.
     """
     half, middle = abreast // 2, blocks // 2
     first = (turn >= half) & (turn < abreast)
     later = (turn >= middle + half) & (turn < middle + abreast)
     moved = turn + tl.where(first, middle, tl.where(later, -middle, 0))
-    return tl.where(middle >= abreast, moved, turn)
+    return tl.where(middle >= 4 * abreast, moved, turn)
 
 
 @triton.jit
