@@ -16,13 +16,10 @@ from headfold.tiles import DEFAULT_WORKSPACE, MIB
 from on_device import DEVICE, Case, there
 
 pytest.importorskip("triton", reason="Triton is not installed")
-import triton
-import triton.language as tl
-
 from headfold.backends.triton import sifted, table
 from headfold.backends.triton import topk as topk_kernels
 from headfold.backends.triton.launches import Slab
-from headfold.backends.triton.turns import BEGUN, DONE, LEFT, REPEATED, staggered
+from headfold.backends.triton.turns import BEGUN, DONE, LEFT, REPEATED
 
 NEG_INF, INF, NAN = float("-inf"), float("inf"), float("nan")
 SIZES = {"sq": 9, "sk": 400, "h": 20, "d": 16}
@@ -97,29 +94,6 @@ def check(q: Tensor, weights: Tensor | None, k: Tensor, topk: int = TOPK, *, alo
     assert torch.equal(free.indices.cpu().gather(-1, back), indices.gather(-1, order))
     found = torch.as_tensor(free.scores).cpu().gather(-1, back)
     torch.testing.assert_close(found, scores.gather(-1, order), rtol=0, atol=0, equal_nan=True)
-
-
-@triton.jit  # type: ignore[untyped-decorator]
-def staggered_turns(out: Any, blocks: Any, abreast: Any, COUNT: tl.constexpr) -> None:
-    turn = tl.arange(0, COUNT)
-    tl.store(out + turn, staggered(turn, blocks, abreast), mask=turn < blocks)
-
-
-@pytest.mark.parametrize(
-    ("blocks", "abreast"), [(4096, 264), (2112, 264), (2111, 264), (2107, 263), (528, 264), (9, 1), (1, 264)]
-)
-def test_half_of_the_programs_that_begin_together_take_blocks_from_the_middle(blocks: int, abreast: int) -> None:
-    out = torch.empty(blocks, dtype=torch.int32, device=DEVICE)
-    staggered_turns[(1,)](out, blocks, abreast, COUNT=triton.next_power_of_2(blocks))
-    taken = out.tolist()
-    assert sorted(taken) == list(range(blocks))
-    half, middle = abreast // 2, blocks // 2
-    assert taken[:half] == list(range(min(half, blocks)))
-    if middle >= 4 * abreast:
-        assert taken[half:abreast] == list(range(middle + half, middle + abreast))
-        assert taken[-3 * abreast :] == list(range(blocks))[-3 * abreast :]  # none of the long ones is late
-    else:
-        assert taken == list(range(blocks))
 
 
 def test_threads_hold_as_many_places_of_a_list_as_it_has() -> None:

@@ -138,7 +138,7 @@ def select_rows_kernel(
     The rest is as of `score_slab`, of one batch element, and of `keep_lists`.
     """
     blocks = tl.cdiv(sq, ROWS)
-    block = begin(turns, queue, blocks, abreast)
+    block = begin(turns, queue, blocks)
     if block >= 0:
         place = take(turns, abreast)
         line = place * ROWS

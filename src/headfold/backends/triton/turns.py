@@ -41,29 +41,14 @@ def _failed(turns, queue):
 
 
 @triton.jit
-def staggered(turn, blocks, abreast):
-    """Return which turn a program takes instead: half of those that are first abreast swap with turns in the middle.
-
-    Programs that share a multiprocessor begin together. Their blocks follow each other and are nearly as long, so that
-    they would stop multiplying together too; those in the middle are shorter under a causal bound. Where blocks are
-    few, it is left: the long ones would be among the last.
-    """
-    half, middle = abreast // 2, blocks // 2
-    first = (turn >= half) & (turn < abreast)
-    later = (turn >= middle + half) & (turn < middle + abreast)
-    moved = turn + tl.where(first, middle, tl.where(later, -middle, 0))
-    return tl.where(middle >= 4 * abreast, moved, turn)
-
-
-@triton.jit
-def begin(turns, queue, blocks, abreast):
+def begin(turns, queue, blocks):
     """Return a block: one that is to be done again, or the next one, or -1 where all are done."""
     block = _failed(turns, queue)
     if block < 0:
         turn = tl.atomic_add(turns + BEGUN, 1)
         if turn < blocks:
             # Under a causal bound the last rows see most keys: they are first.
-            block = blocks - 1 - staggered(turn, blocks, abreast)
+            block = blocks - 1 - turn
         else:
             while (block < 0) & (tl.atomic_add(turns + DONE, 0) < blocks):
                 block = _failed(turns, queue)
