@@ -197,6 +197,16 @@ def test_the_key_of_a_kernel_follows_from_keys_that_are_known() -> None:
     assert not all(known == "True" for _, known in asked("select_rows_kernel.cache_key"))
 
 
+def test_the_key_of_a_kernel_that_is_only_compiled_follows_from_keys_that_are_known() -> None:
+    found = asked("""
+from headfold.backends.triton.compiling import compile_specimen
+from headfold.backends.triton.select_specimens import specimens
+compile_specimen(next(x for x in specimens("sm_90") if x.kernel is keep_kernel), "sm_90")
+""")
+    assert "narrowed" in {name for name, _ in found}
+    assert all(known == "True" for _, known in found)
+
+
 KEYS = """
 from headfold.backends.triton.keys import settle_key
 from headfold.backends.triton.keep import keep_kernel

@@ -1,8 +1,8 @@
 """Keys of compiled kernels on disk that do not depend on which kernel a process ran first.
 
 In Triton 3.5 and 3.6 a function's key holds the constants of those functions it calls whose keys were known already:
-two processes that begin with different kernels would each compile the same one, for up to half a minute. Here the keys
-of what a function calls are worked out before its own. It has to be the first to ask: a key is kept as it was found.
+two processes that begin with different kernels would each compile the same one. Here the keys of what a function calls
+are worked out before its own. It has to be the first to ask: a key is kept as it was found.
 """
 
 from __future__ import annotations

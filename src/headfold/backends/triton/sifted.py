@@ -138,8 +138,8 @@ def sample_constants(d: int) -> dict[str, int]:
 
 def pivots_constants(count: int) -> dict[str, Any]:
     """Return the constants of `pivots_kernel` for a sample of so many keys, beside those of its bound."""
-    sample = max(1024, power_of_two(count))
-    warps = min(16, sample // 1024)  # the fewer, the more rows at a time, and the less do threads wait for each other
+    sample = max(512, power_of_two(count))
+    warps = max(4, min(16, sample // 512))
     sizes = {"SAMPLE": sample, "WIDE": 32 * warps, "num_warps": warps}
     return {"FITTING": FITTING, "STRIDE": STRIDE, "DEVIATIONS": DEVIATIONS, **ORDER, **sizes}
 
